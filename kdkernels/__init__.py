@@ -1,0 +1,1 @@
+"""kdkernels: fused kernels for language-model distillation."""
