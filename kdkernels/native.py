@@ -1,0 +1,170 @@
+"""The native library: whether it can be used here and why not, what it is, thin typed wrappers of its leaves.
+
+Nothing is loaded when this module is imported; the first question loads it. A missing library makes only the
+leaves themselves raise.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+LIBRARY = Path(__file__).with_name("kdkernels_C.so")
+ADAPTIVE_KL = "adaptive_kl"  # not separable, so in no header: a row function of its own
+ADAPTIVE_KL_ID = -1  # KD_ADAPTIVE_KL in csrc/kernels.h
+
+
+def _one_thread_in_child() -> None:
+    """A forked child inherits torch's pool without its threads: the next parallel loop would wait for ever, in
+    torch's own softmax as well. One thread needs no pool; DataLoader sets the same in its workers."""
+    torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_one_thread_in_child)
+
+
+@dataclass(frozen=True)
+class _State:
+    """What loading came to: `why` is empty when the library can be used."""
+
+    why: str
+    isa: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def _text(library: ctypes.CDLL, function: str) -> str:
+    """Calls `const char* function()`; a null pointer is an empty text."""
+    entry = getattr(library, function)
+    entry.restype = ctypes.c_char_p
+    value = cast("bytes | None", entry())
+    return value.decode() if value else ""
+
+
+@functools.cache
+def _load() -> _State:
+    if not LIBRARY.is_file():
+        return _State(
+            f"{LIBRARY.name} is not in {LIBRARY.parent}: kdkernels was installed without native kernels "
+            "(KD_BUILD=none, or a platform other than Linux), or this source tree was never built. "
+            "To build them: pip install . (in a source tree: pip install -e . --no-build-isolation)"
+        )
+    try:
+        torch.ops.load_library(str(LIBRARY))  # type: ignore[no-untyped-call]
+    except OSError as error:
+        return _State(
+            f"{LIBRARY} does not load with torch {torch.__version__}: {error}. "
+            "Reinstall kdkernels in this environment: pip install --force-reinstall --no-deps ."
+        )
+    library = ctypes.CDLL(str(LIBRARY))
+    facts = cast("dict[str, Any]", json.loads(_text(library, "kdkernels_build_facts")))
+    refused = _text(library, "kdkernels_isa_error")
+    if refused:
+        return _State(refused, facts=facts)
+    return _State("", _text(library, "kdkernels_isa"), facts)
+
+
+def available() -> bool:
+    """Whether the native CPU kernels can serve calls."""
+    return not _load().why
+
+
+def reason() -> str:
+    """Why `available()` is False and what to do; empty when it is True."""
+    return _load().why
+
+
+def facts() -> dict[str, Any]:
+    """What the build is: version; the torch, python and compiler it was made with; instruction_sets, nvcc,
+    cuda_sources, sanitize, kernels (name -> digest). Empty without a native library."""
+    known = dict(_load().facts)
+    if known:
+        known["kernels"] = dict(known["kernels"])
+    return known
+
+
+def isa() -> str:
+    """The instruction set chosen here ("avx512", "avx2" or "baseline"); empty when not available."""
+    return _load().isa
+
+
+@functools.cache
+def _source_digests() -> dict[str, str]:
+    """Digests of the divergences' .py files as they are now."""
+    from kdkernels.divergences import _emit
+
+    return dict(_emit.digests())
+
+
+@functools.cache
+def _kernel_ids() -> dict[str, tuple[int, str]]:
+    """Kernel name -> (id, digest) as compiled: the position in the header is the id."""
+    compiled = enumerate(_load().facts.get("kernels", []))
+    return {name: (position, digest) for position, (name, digest) in compiled}
+
+
+def why_not(name: str) -> str:
+    """Why the native library has no kernel called `name`; empty when it has."""
+    if not available():
+        return reason()
+    if name == ADAPTIVE_KL:
+        return ""
+    rebuild = "pip install . (in a source tree: pip install -e . --no-build-isolation)"
+    if name not in _kernel_ids():
+        return f"divergence {name!r} was not there when the native kernels were built: rebuild with {rebuild}"
+    if _source_digests().get(name) != _kernel_ids()[name][1]:
+        return f"divergence {name!r} has changed since the native kernels were built: rebuild with {rebuild}"
+    return ""
+
+
+def kernel_id(name: str) -> int | None:
+    """The id that `dense_` takes for the kernel `name`; None where `why_not(name)` says why."""
+    if why_not(name):
+        return None
+    return ADAPTIVE_KL_ID if name == ADAPTIVE_KL else _kernel_ids()[name][0]
+
+
+def dense_(
+    student: Tensor,
+    teacher: Tensor,
+    student_bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    student_scale: float,
+    student_softcap: float,
+    teacher_scale: float,
+    teacher_softcap: float,
+    w_kd: Tensor,
+    w_ce: Tensor | None,
+    labels: Tensor | None,
+    kernel: int,
+    a: float,
+    b: float,
+    temperature: float,
+    vocab: int,
+    loss: Tensor,
+    dlogits: Tensor | None,
+    stats: Tensor | None,
+) -> None:
+    """Rows of a divergence on the CPU; loss, gradient and statistics are written into the last three arguments.
+
+    student, teacher [N, >= vocab] of one dtype (float32, float16, bfloat16, float64), unit stride along the
+    vocabulary; biases [vocab], w_kd, w_ce, loss [N] and stats [N, 6] in float32 (float64 for float64 logits);
+    labels [N] int64; dlogits like student, which it may be. `kernel` comes from `kernel_id`, a and b are the
+    divergence's parameters; csrc/kernels.h says what each argument means. Raises RuntimeError naming the one
+    at fault.
+    """
+    if not available():
+        raise RuntimeError(f"kdkernels: no native kernels: {reason()}")
+    torch.ops.kdkernels_C.dense_.default(
+        student, teacher, student_bias, teacher_bias,
+        student_scale, student_softcap, teacher_scale, teacher_softcap,
+        w_kd, w_ce, labels, kernel, a, b, temperature, vocab, loss, dlogits, stats,
+    )  # fmt: skip
