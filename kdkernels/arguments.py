@@ -1,0 +1,181 @@
+"""Checks of the arguments of `kdkernels.distillation_loss`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kdkernels._checks import fail, require_choice, require_finite_number, values_checked
+from kdkernels.logits import LinearLogits
+
+
+def check_scalars(
+    temperature: float,
+    scaling: str,
+    kd_weight: float,
+    ce_weight: float,
+    chunk_bytes: int | None,
+    vocab_size: int | None,
+) -> None:
+    """Numbers that are the same for every token."""
+    require_finite_number("temperature", temperature)
+    if temperature <= 0:
+        fail(ValueError, "temperature", temperature, "> 0", "1.0 compares the models' own distributions")
+    require_choice("temperature_scaling", scaling, ("none", "t2"))
+    for name, weight in (("kd_weight", kd_weight), ("ce_weight", ce_weight)):
+        require_finite_number(name, weight)
+        if weight < 0:
+            fail(ValueError, name, weight, ">= 0")
+    for name, value in (("chunk_bytes", chunk_bytes), ("vocab_size", vocab_size)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or value <= 0):
+            fail(ValueError, name, repr(value), "an int > 0 or None")
+
+
+def check_reduction(reduction: str, num_items: int | float | Tensor | None) -> None:
+    """``reduction``, and the divisor that goes with the mean."""
+    require_choice("reduction", reduction, ("mean", "sum", "none"))
+    if num_items is None:
+        return
+    if reduction != "mean":
+        fail(
+            ValueError,
+            "num_items",
+            num_items,
+            f"None with reduction={reduction!r}",
+            "it is the divisor of reduction='mean'",
+        )
+    if isinstance(num_items, Tensor):
+        if num_items.dim() != 0:
+            fail(
+                ValueError,
+                "num_items",
+                f"a tensor of shape {list(num_items.shape)}",
+                "a number or a 0-dim tensor",
+            )
+        if torch.compiler.is_compiling() or (num_items.device.type != "cpu" and not values_checked()):
+            return
+    if not num_items > 0:
+        fail(ValueError, "num_items", num_items, "> 0", "count the tokens of the whole accumulated batch")
+
+
+def check_later(group: object | None, sparse_mode: str) -> None:
+    """Arguments whose meaning comes with vocabulary shards and sparse teachers."""
+    require_choice("sparse_mode", sparse_mode, ("ghost", "renormalize", "truncate", "sampled"))
+    if group is not None:
+        fail(
+            ValueError,
+            "group",
+            group,
+            "None",
+            "this version has no vocabulary shards: gather the logits first",
+        )
+
+
+def check_pair(student: Tensor | LinearLogits, teacher: Tensor | LinearLogits, vocab_size: int | None) -> int:
+    """Check the two sides against each other; returns the size of the vocabulary that they share."""
+    for name, side in (("student", student), ("teacher", teacher)):
+        _check_side(name, side)
+    constant = teacher if isinstance(teacher, Tensor) else teacher.hidden
+    if constant.requires_grad:
+        what = "teacher" if isinstance(teacher, Tensor) else "teacher.hidden"
+        remedy = "the teacher is a constant: call it under torch.no_grad() or pass .detach()"
+        fail(ValueError, what, "a tensor that requires grad", "without gradient", remedy)
+    for name in ("dtype", "device"):
+        ours, theirs = getattr(student, name), getattr(teacher, name)
+        if ours != theirs:
+            fail(
+                ValueError,
+                f"teacher {name}",
+                theirs,
+                f"that of the student, {ours}",
+                f"use .to({ours}) on one of them",
+            )
+    if student.shape[:-1] != teacher.shape[:-1]:
+        fail(
+            ValueError,
+            "teacher shape",
+            list(teacher.shape),
+            f"the student's leading shape {list(student.shape[:-1])} and a vocabulary",
+        )
+    ours, theirs = student.shape[-1], teacher.shape[-1]
+    if vocab_size is None:
+        if ours != theirs:
+            remedy = "for a difference in padding pass vocab_size=; different tokenizers cannot be compared"
+            fail(ValueError, "vocabularies", f"student {ours}, teacher {theirs}", "of one size", remedy)
+        return ours
+    if vocab_size > min(ours, theirs):
+        fail(
+            ValueError,
+            "vocab_size",
+            vocab_size,
+            f"at most the smaller vocabulary (student {ours}, teacher {theirs})",
+        )
+    return vocab_size
+
+
+def _check_side(name: str, side: object) -> None:
+    if not isinstance(side, (Tensor, LinearLogits)):
+        fail(TypeError, name, type(side).__name__, "a tensor of logits or kd.LinearLogits")
+    if isinstance(side, Tensor) and hasattr(side, "placements"):
+        fail(
+            TypeError,
+            name,
+            "a DTensor",
+            "a plain tensor",
+            "this version has no vocabulary shards: use .full_tensor()",
+        )
+    if not side.dtype.is_floating_point:
+        fail(TypeError, f"{name} dtype", side.dtype, "float32, bfloat16, float16 or float64")
+    if len(side.shape) < 1 or side.shape[-1] == 0:
+        fail(ValueError, f"{name} shape", list(side.shape), "[..., V] with V >= 1")
+    if isinstance(side, LinearLogits):
+        for part, value in (("weight", side.weight), ("bias", side.bias)):
+            if value is not None and value.dtype != side.dtype:
+                remedy = "cast one of them, or call inside torch.autocast"
+                fail(
+                    ValueError,
+                    f"{name}.{part} dtype",
+                    value.dtype,
+                    f"that of {name}.hidden, {side.dtype}",
+                    remedy,
+                )
+
+
+def check_tokens(
+    leading: torch.Size,
+    device: torch.device,
+    labels: Tensor | None,
+    token_weights: Tensor | None,
+    shift: bool,
+    ce_weight: float,
+) -> None:
+    """Per-token arguments against the logits' leading shape."""
+    if ce_weight != 0 and labels is None:
+        fail(
+            ValueError,
+            "labels",
+            None,
+            f"given when ce_weight = {ce_weight}",
+            "pass the token ids or ce_weight=0",
+        )
+    if shift and (len(leading) == 0 or leading[-1] == 0):
+        fail(
+            ValueError,
+            "shift",
+            True,
+            "False for logits without a sequence dimension",
+            f"leading shape is {list(leading)}",
+        )
+    for name, value in (("labels", labels), ("token_weights", token_weights)):
+        if value is None:
+            continue
+        if not isinstance(value, Tensor):
+            fail(TypeError, name, type(value).__name__, "a torch.Tensor")
+        if value.shape != leading:
+            fail(ValueError, f"{name} shape", list(value.shape), f"the logits' leading shape {list(leading)}")
+        if value.device != device:
+            fail(ValueError, f"{name} device", value.device, f"that of the logits, {device}")
+    if labels is not None and (labels.is_floating_point() or labels.dtype == torch.bool):
+        fail(TypeError, "labels dtype", labels.dtype, "an integer dtype")
+    if token_weights is not None and token_weights.requires_grad:
+        fail(ValueError, "token_weights", "a tensor that requires grad", "a constant", "pass .detach()")

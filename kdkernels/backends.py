@@ -1,0 +1,70 @@
+"""Which implementation serves a call, and why.
+
+The choice: the ``backend`` argument, then the environment variable ``KDKERNELS_BACKEND``, then the first backend of
+the table that can. An explicit choice that cannot serve is an error with the reason, never a silent substitute.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import torch
+
+from kdkernels import native
+from kdkernels._checks import fail, require_choice
+
+BACKENDS = ("eager", "cpp", "triton", "cuda")
+_TABLE = {"cpu": ("cpp", "eager"), "cuda": ("triton", "eager")}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Verdict(NamedTuple):
+    """Whether a backend can serve, and the reason."""
+
+    backend: str
+    serves: bool
+    reason: str
+
+
+def judge(backend: str, device: torch.device, dtype: torch.dtype, kernel: str) -> Verdict:
+    """Whether ``backend`` computes the element function ``kernel`` for logits of this device and dtype."""
+    if backend == "eager":
+        return Verdict(backend, True, "plain torch, any device")
+    if backend != "cpp":
+        return Verdict(backend, False, f"the {backend} kernels of the losses are not part of this version")
+    if device.type != "cpu":
+        return Verdict(backend, False, f"serves CPU tensors, these are on {device}")
+    if dtype not in _DTYPES:
+        return Verdict(backend, False, f"serves float32, bfloat16, float16 and float64, not {dtype}")
+    if not native.available():
+        return Verdict(backend, False, native.reason())
+    if native.kernel_id(kernel) is None:
+        return Verdict(backend, False, native.why_not(kernel))
+    return Verdict(backend, True, f"native kernels, {native.isa()}")
+
+
+def survey(device: torch.device, dtype: torch.dtype, kernel: str) -> list[Verdict]:
+    """The verdict on every backend, in the order in which ``auto`` tries them on this device."""
+    order = _TABLE.get(device.type, ("eager",))
+    return [judge(name, device, dtype, kernel) for name in (*order, *(b for b in BACKENDS if b not in order))]
+
+
+def choose(requested: str, device: torch.device, dtype: torch.dtype, kernel: str) -> str:
+    """The backend that serves, or an error that says why the requested one cannot."""
+    name = requested
+    if name == "auto":
+        name = os.environ.get("KDKERNELS_BACKEND", "auto") or "auto"
+    require_choice("backend", name, ("auto", *BACKENDS))
+    if name == "auto":
+        return next(v.backend for v in survey(device, dtype, kernel) if v.serves)
+    verdict = judge(name, device, dtype, kernel)
+    if not verdict.serves:
+        fail(
+            ValueError,
+            "backend",
+            repr(name),
+            "a backend that can serve this call",
+            f"{verdict.reason}; use backend='auto'",
+        )
+    return name

@@ -1,0 +1,48 @@
+"""Which backend serves a call, and why the others do not."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from kdkernels import backends, divergences
+from kdkernels.divergences import Divergence
+from kdkernels.logits import LinearLogits
+
+
+class Explanation(NamedTuple):
+    """The backend that serves a call, and the verdict on each; prints as a table."""
+
+    backend: str
+    verdicts: list[backends.Verdict]
+
+    def __str__(self) -> str:
+        lines = [f"backend: {self.backend}"]
+        lines += [f"  {v.backend:<7}{'serves' if v.serves else 'no':<8}{v.reason}" for v in self.verdicts]
+        return "\n".join(lines)
+
+
+def explain(
+    student: Tensor | LinearLogits,
+    teacher: Tensor | LinearLogits | None = None,
+    divergence: str | Divergence = "forward_kl",
+    *,
+    backend: str = "auto",
+    **options: object,
+) -> Explanation:
+    """Say which backend `kdkernels.distillation_loss` would take for these arguments, and why.
+
+    Args:
+        student: logits or `LinearLogits`; only device and dtype matter.
+        teacher: accepted so that a call can be explained as it stands; unused.
+        divergence: name or object.
+        backend: as in `kdkernels.distillation_loss`; an explicit choice that cannot serve raises here too.
+        options: the call's other options; none of them changes the choice.
+
+    Returns:
+        An `Explanation`: ``print(kd.explain(student, teacher, "jsd"))``.
+    """
+    kernel = divergences.get(divergence).kernel().name
+    chosen = backends.choose(backend, student.device, student.dtype, kernel)
+    return Explanation(chosen, backends.survey(student.device, student.dtype, kernel))

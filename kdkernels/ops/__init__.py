@@ -1,0 +1,5 @@
+"""The public operators ``torch.ops.kdkernels.*``: schema, fake, autograd and backend table, one file per operator."""
+
+from kdkernels.ops import dense, linear
+
+__all__ = ["dense", "linear"]

@@ -1,0 +1,132 @@
+"""``kdkernels::dense``: the divergence of N rows of logits, with its gradient from the same call.
+
+Bytes per (student, teacher) pair of an element: both read once from memory (twice or three times from cache), the
+gradient written once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdkernels import memory
+from kdkernels.ops.library import EVERY_DEVICE, LIBRARY, once_differentiable, scale_by_incoming
+from kdkernels.ops.rows import STATS, RowSpec, Side, accumulation_dtype, divergence_rows_
+from kdkernels.weights import RowWeights
+
+LIBRARY.define(
+    "dense(Tensor student, Tensor teacher, Tensor w_kd, Tensor? w_ce, Tensor? labels, str kernel, float a, float b, "
+    "float temperature, SymInt vocab, str backend, bool need_grad, bool need_stats) "
+    "-> (Tensor loss, Tensor dlogits, Tensor stats)"
+)
+
+
+def _outputs(student: Tensor, need_grad: bool, need_stats: bool) -> tuple[Tensor, Tensor, Tensor]:
+    n, acc = student.shape[0], accumulation_dtype(student.dtype)
+    loss = student.new_empty((n,), dtype=acc)
+    dlogits = memory.empty(tuple(student.shape) if need_grad else (0,), student.dtype, student.device)
+    stats = student.new_empty((n, STATS) if need_stats else (0,), dtype=acc)
+    return loss, dlogits, stats
+
+
+def dense(
+    student: Tensor,
+    teacher: Tensor,
+    w_kd: Tensor,
+    w_ce: Tensor | None,
+    labels: Tensor | None,
+    kernel: str,
+    a: float,
+    b: float,
+    temperature: float,
+    vocab: int,
+    backend: str,
+    need_grad: bool,
+    need_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted loss of each row, its gradient, statistics.
+
+    Args:
+        student, teacher: logits ``[N, >= vocab]``, same dtype, unit stride along the vocabulary, any row stride.
+        w_kd, w_ce: weights of divergence and cross-entropy ``[N]``, float32 (float64 for float64 logits).
+        labels: int64 ``[N]``.
+        kernel, a, b: element function and its parameters.
+        temperature: T > 0.
+        vocab: entries that exist; columns beyond are padding.
+        backend: one that serves (see `kdkernels.backends`).
+        need_grad, need_stats: whether ``dlogits`` and ``stats`` are wanted; empty ``[0]`` otherwise.
+
+    Returns:
+        ``loss [N]``, ``dlogits`` of the student's shape, ``stats [N, 6]``.
+    """
+    loss, dlogits, stats = _outputs(student, need_grad, need_stats)
+    divergence_rows_(
+        backend,
+        Side(student),
+        Side(teacher),
+        RowWeights(w_kd, w_ce, labels),
+        RowSpec(kernel, a, b, temperature, vocab),
+        loss,
+        dlogits if need_grad else None,
+        stats if need_stats else None,
+    )
+    return loss, dlogits, stats
+
+
+LIBRARY.impl("dense", dense, EVERY_DEVICE)
+
+
+@torch.library.register_fake("kdkernels::dense", lib=LIBRARY)
+def _fake(student: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    need_grad, need_stats = args[-2:]
+    return _outputs(student, need_grad, need_stats)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(output[1])
+
+
+def _backward(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if d_loss is None:
+        return (None,) * 13
+    gradient = scale_by_incoming([ctx.saved_tensors[0]], d_loss)
+    return (*once_differentiable([*gradient]), *(None,) * 12)
+
+
+torch.library.register_autograd("kdkernels::dense", _backward, setup_context=_setup, lib=LIBRARY)
+
+
+class DenseInPlace(torch.autograd.Function):
+    """`dense` that leaves the gradient where the student's logits were: no N x V tensor beside them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        weights: RowWeights,
+        spec: RowSpec,
+        backend: str,
+        need_stats: bool,
+    ) -> tuple[Tensor, Tensor]:
+        buffer = student.detach()
+        loss, _, stats = _outputs(student, False, need_stats)
+        divergence_rows_(
+            backend, Side(buffer), Side(teacher), weights, spec, loss, buffer, stats if need_stats else None
+        )
+        torch.autograd.graph.increment_version(student)
+        ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(buffer)
+        return loss, stats
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        if d_loss is None:
+            return (None,) * 6
+        gradient = scale_by_incoming([ctx.saved_tensors[0]], d_loss)
+        return (*once_differentiable([*gradient]), *(None,) * 5)

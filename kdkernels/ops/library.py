@@ -1,0 +1,69 @@
+"""The operator library ``kdkernels::*`` and what the autograd of its operators shares."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("kdkernels", "DEF")
+EVERY_DEVICE = "CompositeExplicitAutograd"
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """Identity whose own backward is the error message of a second differentiation."""
+
+    @staticmethod
+    def forward(ctx: Any, *gradients: Tensor | None) -> Any:
+        return gradients[0] if len(gradients) == 1 else gradients
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError(
+            "kdkernels computes the gradient together with the loss and cannot differentiate it again "
+            "(create_graph=True): for second derivatives write the loss with torch.log_softmax"
+        )
+
+
+def once_differentiable(gradients: list[Tensor | None]) -> list[Tensor | None]:
+    """The gradients, such that differentiating them raises a clear error; free unless ``create_graph=True``."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return gradients
+    present = [g for g in gradients if g is not None]
+    if not present or any(type(g) is not Tensor for g in present):
+        return gradients
+    anchor = present[0].new_zeros((), requires_grad=True)  # makes the identity part of the graph
+    guarded = iter(_OnceDifferentiable.apply(*present, anchor))  # type: ignore[no-untyped-call]
+    return [None if g is None else next(guarded) for g in gradients]
+
+
+def scale_by_incoming(buffers: list[Tensor], incoming: Tensor) -> list[Tensor]:
+    """The gradients in ``buffers`` times the gradient that reaches the loss, in place where nobody can tell.
+
+    Args:
+        buffers: gradients for an incoming gradient of one, ``[N, ...]`` each if ``incoming`` is ``[N]``.
+        incoming: ``[]``, or ``[N]`` with one number per row.
+
+    A graph that is not retained has no further use for its buffers: they are scaled where they are, and on a CPU,
+    where looking costs no synchronisation, left alone for the usual gradient of one. A retained graph's are copied.
+    """
+    traced = any(type(b) is not Tensor for b in (*buffers, incoming))
+    if traced or _graph_is_retained():
+        return [(b * _like_rows(incoming, b)).to(b.dtype) for b in buffers]
+    if incoming.device.type != "cpu" or not bool((incoming == 1).all()):
+        with torch.no_grad():
+            for b in buffers:
+                b.mul_(_like_rows(incoming, b))
+    return buffers
+
+
+def _graph_is_retained() -> bool:
+    """Whether the running backward keeps its graph. Torch asks itself the same for donated buffers; where a version
+    does not tell, assume yes: that costs a copy, never a wrong gradient."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if ask is None else bool(ask())
+
+
+def _like_rows(factor: Tensor, buffer: Tensor) -> Tensor:
+    return factor if factor.dim() == 0 else factor.reshape(-1, *(1,) * (buffer.dim() - 1))

@@ -1,0 +1,277 @@
+"""``kdkernels::linear``: the divergence from hidden states and LM heads, one chunk of logits at a time.
+
+Each chunk: GEMM to student and teacher logits, the row function with its gradient in place over the student's logits,
+GEMMs to the input and weight gradients. Memory is the chunk (`chunking`) plus the outputs, whatever N is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdkernels import memory
+from kdkernels.chunking import spans
+from kdkernels.ops import gemm
+from kdkernels.ops.library import EVERY_DEVICE, LIBRARY, once_differentiable, scale_by_incoming
+from kdkernels.ops.rows import STATS, RowSpec, Side, accumulation_dtype, divergence_rows_
+from kdkernels.weights import RowWeights
+
+LIBRARY.define(
+    "linear(Tensor student, Tensor? student_weight, Tensor? student_bias, float student_scale, float student_softcap, "
+    "Tensor teacher, Tensor? teacher_weight, Tensor? teacher_bias, float teacher_scale, float teacher_softcap, "
+    "Tensor w_kd, Tensor? w_ce, Tensor? labels, str kernel, float a, float b, float temperature, SymInt vocab, "
+    "SymInt chunk_rows, str backend, bool per_row, bool need_input, bool need_weight, bool need_bias, bool need_stats) "
+    "-> (Tensor loss, Tensor d_student, Tensor d_weight, Tensor d_bias, Tensor stats)"
+)
+
+
+class Source(NamedTuple):
+    """One side: hidden states ``[N, H]`` with a head ``[V, H]``, or (weight None) logits ``[N, >= vocab]``."""
+
+    input: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    scale: float
+    softcap: float
+
+    def buffer(self, rows: int, vocab: int) -> Tensor | None:
+        """Memory for one chunk's logits; none for logits that exist already."""
+        return None if self.weight is None else memory.empty((rows, vocab), self.input.dtype, self.input.device)
+
+    def chunk(self, inputs: Tensor, vocab: int, buffer: Tensor | None) -> Side:
+        """Logits of the rows ``inputs``, in ``buffer`` if they have to be made."""
+        bias = None if self.bias is None else self.bias[:vocab].to(accumulation_dtype(inputs.dtype)).contiguous()
+        x = inputs
+        if self.weight is not None and buffer is not None:
+            x = buffer[: inputs.shape[0]]
+            gemm.logits_(inputs, self.weight[:vocab], x)
+        return Side(x, bias, self.scale, self.softcap)
+
+
+class Wanted(NamedTuple):
+    """Which gradients of the student are wanted."""
+
+    input: bool
+    weight: bool
+    bias: bool
+
+
+def _gradient_shapes(student: Tensor, weight: Tensor | None, wanted: Wanted) -> tuple[tuple[int, ...], ...]:
+    """Shapes of the three gradients, ``(0,)`` where not wanted."""
+    head = (0, 0) if weight is None else weight.shape
+    return (
+        tuple(student.shape) if wanted.input else (0,),
+        tuple(head) if wanted.weight else (0,),
+        (head[0],) if wanted.bias else (0,),
+    )
+
+
+class Gradients:
+    """The student's gradients, filled chunk by chunk."""
+
+    def __init__(self, student: Source, chunks: int, all_rows: bool, vocab: int, wanted: Wanted) -> None:
+        self.student, self.vocab, self.wanted, self.first = student, vocab, wanted, True
+        dtype, device = student.input.dtype, student.input.device
+        acc = accumulation_dtype(dtype)
+        x, weight, bias = _gradient_shapes(student.input, student.weight, wanted)
+        self.input = memory.empty(x, dtype, device)
+        if wanted.input and not all_rows:
+            self.input.zero_()
+        # One chunk needs one rounding, so the product can land in the output; several are summed in float32.
+        self.weight = memory.empty(weight, dtype if chunks <= 1 else acc, device)
+        self.bias = torch.zeros(bias, dtype=acc, device=device)
+
+    def target(self, rows: Tensor | slice, x: Tensor) -> Tensor | None:
+        """Where the row function shall write the gradient of the logits ``x [C, vocab]``."""
+        if not any(self.wanted):
+            return None
+        if self.student.weight is not None:
+            return x
+        return self.input[rows] if isinstance(rows, slice) else torch.empty_like(x)
+
+    def add(self, rows: Tensor | slice, inputs: Tensor, dlogits: Tensor) -> None:
+        """Take in one chunk from the gradient of its logits."""
+        weight = self.student.weight
+        if weight is None:
+            if not isinstance(rows, slice):
+                self.input[rows] = dlogits
+            return
+        if self.wanted.input:
+            part = self.input[rows] if isinstance(rows, slice) else torch.empty_like(inputs)
+            gemm.input_gradient_(dlogits, weight[: self.vocab], part)
+            if not isinstance(rows, slice):
+                self.input[rows] = part
+        if self.wanted.weight:
+            gemm.add_weight_gradient_(dlogits, inputs, self.weight[: self.vocab], self.first)
+        if self.wanted.bias:
+            self.bias[: self.vocab] += dlogits.sum(0, dtype=self.bias.dtype)
+        self.first = False
+
+    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Zeros where no chunk wrote (padding rows of the head, no rows at all), accumulators rounded once."""
+        if self.wanted.weight:
+            self.weight[0 if self.first else self.vocab :].zero_()
+        dtype = self.student.input.dtype
+        return self.input, self.weight.to(dtype), self.bias.to(dtype)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One call: the sides, the weights, and how rows become chunks."""
+
+    student: Source
+    teacher: Source
+    weights: RowWeights
+    spec: RowSpec
+    backend: str
+    chunk_rows: int
+
+    def parts(self) -> tuple[list[Tensor] | list[slice], bool]:
+        """Rows of each chunk, and whether that is all of them.
+
+        Rows that do not count (prompts, padding) cost no GEMM: they are left out, except on a GPU, where knowing
+        them would cost a host synchronisation.
+        """
+        kd, ce, _ = self.weights
+        n = kd.shape[0]
+        if kd.device.type == "cpu":
+            counts = kd != 0 if ce is None else (kd != 0) | (ce != 0)
+            if not bool(counts.all()):
+                rows = counts.nonzero()[:, 0]
+                return [rows[begin:end] for begin, end in spans(len(rows), self.chunk_rows)], False
+        return [slice(begin, end) for begin, end in spans(n, self.chunk_rows)], True
+
+    def run(self, wanted: Wanted, need_stats: bool) -> tuple[Tensor, Gradients, Tensor]:
+        """Losses ``[N]``, gradients, statistics ``[N, 6]`` (or ``[0]``)."""
+        parts, all_rows = self.parts()
+        n, vocab, like = self.student.input.shape[0], self.spec.vocab, self.student.input
+        acc = accumulation_dtype(like.dtype)
+        loss = like.new_zeros((n,), dtype=acc)
+        stats = like.new_zeros((n, STATS) if need_stats else (0,), dtype=acc)
+        gradients = Gradients(self.student, len(parts), all_rows, vocab, wanted)
+        most = min(n, self.chunk_rows)
+        buffers = self.student.buffer(most, vocab), self.teacher.buffer(most, vocab)
+        for rows in parts:
+            inputs = self.student.input[rows]
+            student = self.student.chunk(inputs, vocab, buffers[0])
+            teacher = self.teacher.chunk(self.teacher.input[rows], vocab, buffers[1])
+            weights = RowWeights(*(None if w is None else w[rows] for w in self.weights))  # type: ignore[arg-type]
+            dlogits = gradients.target(rows, student.x)
+            part = loss.new_empty(inputs.shape[0])
+            part_stats = stats.new_empty((inputs.shape[0], STATS)) if need_stats else None
+            divergence_rows_(self.backend, student, teacher, weights, self.spec, part, dlogits, part_stats)
+            loss[rows] = part
+            if part_stats is not None:
+                stats[rows] = part_stats
+            if dlogits is not None:
+                gradients.add(rows, inputs, dlogits)
+        return loss, gradients, stats
+
+
+def linear(
+    student: Tensor, student_weight: Tensor | None, student_bias: Tensor | None,
+    student_scale: float, student_softcap: float,
+    teacher: Tensor, teacher_weight: Tensor | None, teacher_bias: Tensor | None,
+    teacher_scale: float, teacher_softcap: float,
+    w_kd: Tensor, w_ce: Tensor | None, labels: Tensor | None,
+    kernel: str, a: float, b: float, temperature: float, vocab: int, chunk_rows: int, backend: str,
+    per_row: bool, need_input: bool, need_weight: bool, need_bias: bool, need_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Loss, gradients and statistics from hidden states and heads.
+
+    Args:
+        student, teacher: hidden states ``[N, H]`` (H may differ) or, where the head is None, logits ``[N, >= vocab]``.
+        student_weight, teacher_weight: heads ``[V, H]``; biases ``[V]``; scale (1: none); softcap (0: none).
+        w_kd, w_ce, labels, kernel, a, b, temperature, vocab: as in ``kdkernels::dense``.
+        chunk_rows: rows whose logits exist at a time.
+        backend: one that serves.
+        per_row: ``loss`` is ``[N]`` and the gradients are left to the backward, which computes the logits again with
+            the gradient that arrives there; otherwise ``loss`` is the sum ``[]`` and the gradients come with it.
+        need_input, need_weight, need_bias: which gradients are wanted.
+        need_stats: whether ``stats [N, 6]`` is wanted.
+
+    Returns:
+        ``loss``, and ``d_student``, ``d_weight``, ``d_bias``, ``stats`` where wanted now, else empty ``[0]``.
+    """
+    plan = Plan(
+        Source(student, student_weight, student_bias, student_scale, student_softcap),
+        Source(teacher, teacher_weight, teacher_bias, teacher_scale, teacher_softcap),
+        RowWeights(w_kd, w_ce, labels),
+        RowSpec(kernel, a, b, temperature, vocab),
+        backend,
+        chunk_rows,
+    )
+    wanted = Wanted(False, False, False) if per_row else Wanted(need_input, need_weight, need_bias)
+    with torch.autocast(student.device.type, enabled=False):
+        loss, gradients, stats = plan.run(wanted, need_stats)
+    if not per_row:  # in float64 the sum does not depend on the number of threads
+        loss = loss.sum(dtype=torch.float64).to(loss.dtype)
+    return loss, *gradients.finish(), stats
+
+
+LIBRARY.impl("linear", linear, EVERY_DEVICE)
+
+
+@torch.library.register_fake("kdkernels::linear", lib=LIBRARY)
+def _fake(student: Tensor, student_weight: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+    per_row, *wanted, need_stats = args[-5:]
+    n, acc = student.shape[0], accumulation_dtype(student.dtype)
+    shapes = _gradient_shapes(student, student_weight, Wanted(False, False, False) if per_row else Wanted(*wanted))
+    loss = student.new_empty((n,) if per_row else (), dtype=acc)
+    return (
+        loss,
+        *(student.new_empty(shape) for shape in shapes),
+        student.new_empty((n, STATS) if need_stats else (0,), dtype=acc),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.per_row = inputs[-5]
+    if ctx.per_row:
+        ctx.tensors = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
+        ctx.options = [None if isinstance(x, Tensor) else x for x in inputs]
+        ctx.save_for_backward(*(inputs[i] for i in ctx.tensors))
+    else:
+        ctx.wanted = Wanted(*inputs[-4:-1])
+        ctx.save_for_backward(*(g for g, wanted in zip(output[1:4], ctx.wanted, strict=True) if wanted))
+
+
+def _backward(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    gradients: list[Tensor | None] = [None] * 3
+    if d_loss is not None and ctx.per_row:
+        gradients = _recompute(ctx, d_loss)
+    elif d_loss is not None:
+        scaled = iter(scale_by_incoming(list(ctx.saved_tensors), d_loss))
+        gradients = [next(scaled) if wanted else None for wanted in ctx.wanted]
+    return tuple(_arrange(once_differentiable(gradients)))
+
+
+def _recompute(ctx: Any, d_loss: Tensor) -> list[Tensor | None]:
+    """Logits again, with the gradient that reached each row's loss folded into the row's weights."""
+    inputs = list(ctx.options)
+    for i, x in zip(ctx.tensors, ctx.saved_tensors, strict=True):
+        inputs[i] = x
+    for i in (_W_KD, _W_KD + 1):
+        if inputs[i] is not None:  # a row that does not count stays at 0 whatever arrives
+            inputs[i] = torch.where(inputs[i] == 0, 0.0, inputs[i] * d_loss)
+    wanted = Wanted(*(ctx.needs_input_grad[:3]))
+    inputs[-5:] = [False, *wanted, False]
+    with torch.no_grad():
+        output = torch.ops.kdkernels.linear(*inputs)
+    return [g if w else None for g, w in zip(output[1:4], wanted, strict=True)]
+
+
+_W_KD = 10  # position of w_kd among the inputs
+_INPUTS = 25
+
+
+def _arrange(gradients: list[Tensor | None]) -> list[Tensor | None]:
+    return [*gradients, *[None] * (_INPUTS - 3)]
+
+
+torch.library.register_autograd("kdkernels::linear", _backward, setup_context=_setup, lib=LIBRARY)
