@@ -7,8 +7,8 @@ becomes a struct.
 The generated header needs, from whoever includes it, for every type T it is used with (a number or a vector of them):
 KD_INLINE, the operators + - * / and unary -, `kd_const<T>(double)`, `kd_exp kd_log kd_abs` of one T, `kd_max kd_min`
 of two (NaN if either is), `kd_kl(p, q, d)`, `kd_lt kd_gt kd_le kd_ge kd_eq kd_ne` of two T giving a mask, and
-`kd_select(mask, T, T)`. It defines `kd_near` itself. `tl.exp(lp)` and `tl.exp(lq)` are printed as the arguments p and q:
-the caller has them already.
+`kd_select(mask, T, T)`. It defines `kd_near` itself. `tl.exp(lp)` and `tl.exp(lq)` are printed as the arguments p and
+q, which the caller has already. Include it inside a namespace of your own: it has no include and no namespace.
 """
 
 from __future__ import annotations

@@ -29,29 +29,39 @@ class AlphaBeta(Divergence):
         limit = ("" if self.alpha else "_a0") + ("" if self.beta else "_b0")
         return known.get((self.alpha, self.beta), Kernel(self.name + limit, self.alpha, self.beta))
 
+    # With t = log q - log p and w = (at if q > p else -bt), the three powers are e = max(p, q)^(a+b), e e^-|(a+b)t| and
+    # p^a q^b = e e^-w: a rounding error of the large logarithms is common to all three and keeps their balance.
+
     @staticmethod
     def term(lp: Tensor, lq: Tensor, a: float, b: float) -> Tensor:
         s = a + b
-        g = tl.exp(a * lp + b * lq)
-        far = (a * tl.exp(s * lp) + b * tl.exp(s * lq) - s * g) * (1.0 / (a * b * s))
-        # With t = log q - log p, term / g = (a e^(-bt) + b e^(at) - s) / (abs), whose Taylor series needs no division.
         t = lq - lp
+        e = tl.exp(s * tl.maximum(lp, lq))
+        minor = tl.exp(-tl.abs(s * t))
+        w = tl.maximum(a * t, -(b * t))
+        mixed = tl.exp(-w)
+        few = w * (1.0 - w * (1 / 2 - w * (1 / 6 - w * (1 / 24 - w * (1 / 120 - w * (1 / 720))))))
+        lost = tl.where(tl.near(w), few, 1.0 - mixed)  # 1 - e^-w: a small a or b would lose its digits
+        far = e * (s * lost - tl.where(lq > lp, a * (1.0 - minor), b * (1.0 - minor))) * (1.0 / (a * b * s))
+        # (a e^(-bt) + b e^(at) - s) / (abs), whose Taylor series divides by nothing
         c3 = (a - b) / 6.0
         c4 = (a * a - a * b + b * b) / 24.0
         c5 = (a - b) * (a * a + b * b) / 120.0
-        c6 = (a * a * a * a - a * a * a * b + a * a * b * b - a * b * b * b + b * b * b * b) / 720.0
+        c6 = (a * a * a * (a - b) + a * a * b * b - b * b * b * (a - b)) / 720.0
         series = 0.5 + t * (c3 + t * (c4 + t * (c5 + t * c6)))
-        return tl.where(tl.near(s * t), g * (t * t) * series, far)
+        return tl.where(tl.near(s * t), e * mixed * (t * t) * series, far)
 
     @staticmethod
     def grad(lp: Tensor, lq: Tensor, a: float, b: float) -> Tensor:
         s = a + b
-        g = tl.exp(a * lp + b * lq)
-        far = (tl.exp(s * lq) - g) * (1.0 / a)
         t = lq - lp
+        e = tl.exp(s * tl.maximum(lp, lq))
+        minor = tl.exp(-tl.abs(s * t))
+        mixed = tl.exp(-tl.maximum(a * t, -(b * t)))
+        far = e * (tl.where(lq > lp, 1.0, minor) - mixed) * (1.0 / a)
         u = a * t
-        series = 1.0 + u * (1.0 / 2.0 + u * (1.0 / 6.0 + u * (1.0 / 24.0 + u * (1.0 / 120.0 + u / 720.0))))
-        return tl.where(tl.near(s * t), g * t * series, far)  # g (e^u - 1) / a
+        series = 1.0 + u * (1 / 2 + u * (1 / 6 + u * (1 / 24 + u * (1 / 120 + u * (1 / 720)))))
+        return tl.where(tl.near(s * t), e * mixed * t * series, far)  # p^a q^b (e^(at) - 1) / a
 
 
 class AlphaBetaB0(Elements):
@@ -70,7 +80,7 @@ class AlphaBetaB0(Elements):
         pa = tl.exp(a * lp)
         qa = tl.exp(a * lq)
         u = a * (lq - lp)
-        series = 1.0 + u * (1.0 / 2.0 + u * (1.0 / 6.0 + u * (1.0 / 24.0 + u * (1.0 / 120.0 + u / 720.0))))
+        series = 1.0 + u * (1 / 2 + u * (1 / 6 + u * (1 / 24 + u * (1 / 120 + u * (1 / 720)))))
         return tl.where(tl.near(u), pa * (lq - lp) * series, (qa - pa) * (1.0 / a))  # p^a (e^u - 1) / a
 
 

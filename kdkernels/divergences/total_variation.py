@@ -11,7 +11,7 @@ from kdkernels.divergences._base import Divergence, tl
 
 @dataclass(frozen=True)
 class TotalVariation(Divergence):
-    """1/2 sum |p - q|, in [0, 1] (f-distill, arXiv 2307.15190). The gradient jumps where p = q; exactly there it is 0."""
+    """1/2 sum |p - q|, in [0, 1] (f-distill, arXiv 2307.15190). The gradient jumps at p = q, where it is 0."""
 
     name = "total_variation"
 
