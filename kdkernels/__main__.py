@@ -1,0 +1,7 @@
+"""`python -m kdkernels` is the command `kdkernels`."""
+
+import sys
+
+from kdkernels.cli import main
+
+sys.exit(main())

@@ -1,0 +1,26 @@
+"""Training loops over kdkernels' losses; `distill` is the plain one, behind `kdkernels distill`.
+
+Importing this package is cheap: torch and transformers come in with the first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kdkernels.trainers.config import DistillConfig as DistillConfig
+    from kdkernels.trainers.loop import DistillResult as DistillResult
+    from kdkernels.trainers.loop import distill as distill
+    from kdkernels.trainers.signals import Interrupted as Interrupted
+
+_HOMES = {"DistillConfig": "config", "DistillResult": "loop", "distill": "loop", "Interrupted": "signals"}
+
+__all__ = ["DistillConfig", "DistillResult", "Interrupted", "distill"]
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

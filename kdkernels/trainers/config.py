@@ -1,0 +1,201 @@
+"""Every option of a distillation run: one frozen dataclass, the source of the command line's flags as well."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kdkernels.errors import UserError
+
+OPTIMIZERS = ("adamw", "adafactor", "sgd")
+# first field of a group of options -> the group's title in `--help`
+GROUPS = {
+    "teacher": "models",
+    "data": "text",
+    "divergence": "loss",
+    "steps": "training",
+    "eval_before": "evaluation, metrics, checkpoints",
+}
+SCHEDULES = ("cosine", "linear", "constant")
+MIXES = ("proportional", "equal")
+SCALINGS = ("none", "t2")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def _option(default: Any, text: str, *, choices: tuple[str, ...] = (), free: bool = False) -> Any:
+    """A field with its help text; `free` marks what may change when a run is resumed."""
+    return field(default=default, metadata=_about(text, choices, free))
+
+
+def _about(text: str, choices: tuple[str, ...] = (), free: bool = False) -> dict[str, Any]:
+    return {"help": text, "choices": choices, "free": free}
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Options of `kdkernels.trainers.distill`; `validate` checks the values, `load` reads JSON or TOML.
+
+    Defaults never change the loss silently: temperature 1, no scaling, no hard labels.
+    """
+
+    teacher: str = _option("", "teacher: a folder, a .gguf file, or a name that transformers knows")
+    student: str = _option(
+        "",
+        "student: a folder or a name; `every:K` makes it from every K-th layer of the teacher, "
+        "`layers:0,4,9` from those layers",
+    )
+    tokenizer: str = _option("", "tokenizer: a folder or a name (default: the student's, else the teacher's)")
+    output: str = _option("runs/distill", "folder of the run: student, metrics, checkpoints", free=True)
+
+    data: str = _option("", "folder with one domain per subfolder (.txt .md .rst .py .jsonl), or one domain's folder")
+    domain: dict[str, str] = field(
+        default_factory=dict, metadata=_about("one domain: NAME=PATH of a file or a folder; repeat for more")
+    )
+    text_key: str = _option("text", "the field of a .jsonl line that holds the text")
+    block_size: int = _option(512, "tokens per block; documents are packed, and never see one another")
+    held_out: float = _option(0.05, "share of every domain's text kept for evaluation, by document and seed")
+    mix: str = _option("proportional", "domains drawn by their size, or in equal parts", choices=MIXES)
+
+    divergence: str = _option("forward_kl", "divergence by name (kdkernels info lists them)")
+    divergence_args: dict[str, float] = field(
+        default_factory=dict, metadata=_about("a parameter of the divergence: NAME=VALUE; repeat for more")
+    )
+    temperature: float = _option(1.0, "temperature of both models inside the divergence")
+    temperature_scaling: str = _option("none", "t2 multiplies the divergence by temperature**2", choices=SCALINGS)
+    kd_weight: float = _option(1.0, "weight of the divergence; 0 trains on the text alone, without the teacher")
+    ce_weight: float = _option(0.0, "weight of the cross-entropy on the text")
+    vocab_size: int = _option(0, "real vocabulary where heads are padded (0: the smaller head, checked)")
+    chunk_mib: float = _option(0.0, "memory for one chunk of logits, MiB (0: the library's choice)", free=True)
+    backend: str = _option("auto", "backend of the loss")
+
+    steps: int = _option(1000, "optimiser steps")
+    batch_size: int = _option(8, "blocks per forward pass")
+    accumulate: int = _option(1, "forward passes per optimiser step")
+    optimizer: str = _option("adamw", "optimiser", choices=OPTIMIZERS)
+    lr: float = _option(1e-4, "peak learning rate")
+    weight_decay: float = _option(0.0, "decoupled weight decay, on matrices only")
+    beta1: float = _option(0.9, "AdamW's first beta; momentum of sgd")
+    beta2: float = _option(0.95, "AdamW's second beta")
+    schedule: str = _option("cosine", "course of the learning rate after the warm-up", choices=SCHEDULES)
+    warmup: int = _option(0, "steps of linear warm-up")
+    min_lr: float = _option(0.0, "learning rate at the end, as a share of the peak")
+    clip: float = _option(1.0, "largest gradient norm (0: no clipping)")
+    bf16: bool = _option(False, "compute in bfloat16; the student's weights and moments stay float32")
+    seed: int = _option(0, "seed of the split, the order of the data, and dropout")
+    device: str = _option("auto", "torch device; auto takes a GPU when there is one", free=True)
+
+    eval_before: bool = _option(True, "evaluate the untrained student too", free=True)
+    eval_every: int = _option(0, "steps between evaluations during the run (0: none)", free=True)
+    eval_blocks: int = _option(32, "held-out blocks per domain that an evaluation reads", free=True)
+    log_every: int = _option(10, "steps between lines of metrics.jsonl", free=True)
+    save_every: int = _option(500, "steps between checkpoints (0: only when interrupted)", free=True)
+    keep: int = _option(2, "newest checkpoints kept", free=True)
+    save_dtype: str = _option("auto", "dtype of the saved student (auto: as computed)", choices=DTYPES, free=True)
+    resume: bool = _option(False, "continue the run in `output`, or start it where there is none", free=True)
+
+    def validate(self) -> DistillConfig:
+        """Raise `UserError` for the first value that cannot work; returns self."""
+        for name in ("teacher", "student"):
+            _require(bool(getattr(self, name)), name, "''", "a folder, a file or a name", f"give --{name}")
+        _require(bool(self.data or self.domain), "data", "''", "a folder", "give --data DIR or --domain NAME=PATH")
+        for item in dataclasses.fields(self):
+            value, choices = getattr(self, item.name), item.metadata["choices"]
+            if choices:
+                _require(value in choices, item.name, repr(value), "one of " + ", ".join(choices), "choose one")
+            if isinstance(value, float):
+                _require(math.isfinite(value), item.name, str(value), "a finite number", "correct it")
+        for name in ("steps", "batch_size", "accumulate", "eval_blocks", "log_every", "keep"):
+            _require(getattr(self, name) >= 1, name, str(getattr(self, name)), "at least 1", "raise it")
+        _require(self.block_size >= 2, "block_size", str(self.block_size), "at least 2 tokens", "raise it")
+        for name in ("warmup", "save_every", "eval_every", "vocab_size", "seed"):
+            _require(getattr(self, name) >= 0, name, str(getattr(self, name)), "0 or more", "raise it")
+        for name in ("kd_weight", "ce_weight", "weight_decay", "clip", "chunk_mib"):
+            _require(getattr(self, name) >= 0, name, str(getattr(self, name)), "0 or more", "raise it")
+        for name in ("lr", "temperature"):
+            _require(getattr(self, name) > 0, name, str(getattr(self, name)), "above 0", "raise it")
+        for name in ("beta1", "beta2", "min_lr"):
+            _require(0 <= getattr(self, name) <= 1, name, str(getattr(self, name)), "0 to 1", "correct it")
+        _require(0 < self.held_out < 1, "held_out", str(self.held_out), "between 0 and 1", "0.05 is usual")
+        _require(self.warmup < self.steps, "warmup", str(self.warmup), f"below steps ({self.steps})", "lower it")
+        _require(self.kd_weight + self.ce_weight > 0, "kd_weight", "0", "above 0 where ce_weight is 0", "raise one")
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as written to `config.json`."""
+        return dataclasses.asdict(self)
+
+    def trajectory(self) -> dict[str, Any]:
+        """The options that decide the numbers: a resumed run must have the same ones."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if not f.metadata["free"]}
+
+
+def _require(ok: bool, name: str, value: str, allowed: str, remedy: str) -> None:
+    if not ok:
+        raise UserError(f"{name} is {value}; allowed: {allowed}; {remedy}")
+
+
+def config_from(values: dict[str, Any], source: str) -> DistillConfig:
+    """A config from plain values (a file's, or the command line's); unknown names and wrong types raise `UserError`."""
+    known = {item.name: item for item in dataclasses.fields(DistillConfig)}
+    clean: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in known:
+            raise UserError(f"{source}: unknown option {name!r}{_did_you_mean(name, known)}")
+        clean[name] = _converted(name, value, getattr(DistillConfig(), name), source)
+    return DistillConfig(**clean)
+
+
+def _did_you_mean(name: str, known: dict[str, Any]) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else "; `kdkernels distill --help` lists them all"
+
+
+def _converted(name: str, value: Any, default: Any, source: str) -> Any:
+    """`value` as the type of `default`; an int may stand for a float, nothing else is coerced."""
+    if isinstance(default, dict):
+        numbers = name == "divergence_args"
+        inner = (int, float) if numbers else str
+        if isinstance(value, dict) and all(isinstance(v, inner) for v in value.values()):
+            return {str(k): float(v) if numbers else v for k, v in value.items()}
+    elif isinstance(default, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    elif type(value) is type(default):
+        return value
+    wanted = "a table of names and values" if isinstance(default, dict) else type(default).__name__
+    raise UserError(f"{source}: {name} is {value!r}; allowed: {wanted}; correct it")
+
+
+def read_config_file(path: str | Path) -> dict[str, Any]:
+    """The options in a .json or .toml file, as plain values; `batch-size` and `batch_size` are one name."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"config is {str(path)!r}; no such file; give a .json or .toml file")
+    try:
+        if path.suffix == ".json":
+            values = json.loads(path.read_text(encoding="utf-8"))
+        elif path.suffix == ".toml":
+            values = _toml(path.read_text(encoding="utf-8"))
+        else:
+            raise UserError(f"config is {str(path)!r}; allowed: a .json or .toml file; rename it")
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"config {str(path)!r} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"config {str(path)!r} holds a {type(values).__name__}; allowed: one table of options")
+    return {key.replace("-", "_"): value for key, value in values.items()}
+
+
+def _toml(text: str) -> Any:
+    try:
+        import tomllib
+    except ModuleNotFoundError as error:  # Python 3.10
+        raise UserError("config: reading TOML needs Python 3.11 or newer; give the same options as .json") from error
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"config: not valid TOML: {error}") from error

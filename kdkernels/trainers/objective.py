@@ -1,0 +1,83 @@
+"""The loss of a step, built once from the configuration: `kd.distillation_loss` over `LinearLogits`."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import kdkernels as kd
+from kdkernels import divergences
+from kdkernels.errors import UserError
+from kdkernels.trainers.config import DistillConfig
+from kdkernels.trainers.heads import Head, hidden_states
+from kdkernels.trainers.heldout import uniform_teacher
+
+
+def build_divergence(name: str, parameters: dict[str, float]) -> Any:
+    """The divergence `name` with `parameters`; what the registry refuses is a `UserError`."""
+    try:
+        default = divergences.get(name)
+        known = [item.name for item in dataclasses.fields(default)]
+        for parameter in parameters:
+            if parameter not in known:
+                allowed = ", ".join(known) or "none"
+                raise UserError(f"divergence_args names {parameter!r}; {name} takes: {allowed}; correct it")
+        return dataclasses.replace(default, **parameters) if parameters else default
+    except UserError:
+        raise
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(str(error.args[0] if error.args else error)) from error
+
+
+@dataclass(frozen=True)
+class Objective:
+    """`__call__` gives the loss of one batch, divided by `items`, and the sums that the log wants."""
+
+    config: DistillConfig
+    divergence: Any
+    teacher: Any
+    student: Any
+    teacher_head: Head
+    student_head: Head
+    vocab_size: int | None
+    dtype: torch.dtype
+    device: torch.device
+
+    def __call__(self, batch: dict[str, torch.Tensor], items: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(loss, sums [4] of divergence, nll, top-1 agreement, student entropy over the tokens that count).
+
+        batch: `input_ids`, `position_ids`, `labels` [B, L]. items: the tokens that count in the whole
+        accumulated batch.
+        """
+        config = self.config
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            hidden = hidden_states(self.student, batch)
+        out = kd.distillation_loss(
+            self.student_head.logits(hidden, self.dtype),
+            self._teacher_logits(batch, hidden),
+            self.divergence,
+            temperature=config.temperature,
+            temperature_scaling=config.temperature_scaling,
+            labels=batch["labels"],
+            ce_weight=config.ce_weight,
+            kd_weight=config.kd_weight,
+            shift=True,
+            num_items=items,
+            vocab_size=self.vocab_size,
+            backend=config.backend,
+            chunk_bytes=max(1, round(config.chunk_mib * 2**20)) if config.chunk_mib else None,
+            return_stats=True,
+        )
+        assert isinstance(out, kd.DistillationOutput)
+        stats = out.stats
+        parts = (stats.divergence, stats.nll, stats.top1_agreement, stats.student_entropy)
+        return out.loss, torch.stack([part.detach().double().sum() for part in parts])
+
+    def _teacher_logits(self, batch: dict[str, torch.Tensor], hidden: torch.Tensor) -> kd.LinearLogits:
+        if self.config.kd_weight == 0:  # the teacher would be ignored: spare its forward pass
+            return uniform_teacher(hidden.detach().to(self.dtype), self.student_head.vocab)
+        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            return self.teacher_head.logits(hidden_states(self.teacher, batch), self.dtype)

@@ -1,0 +1,150 @@
+"""From a configuration to everything a run needs in memory: models, heads, corpus, and a checked output folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdkernels.data import Corpus, load_corpus
+from kdkernels.errors import UserError
+from kdkernels.trainers import checkpoint
+from kdkernels.trainers.config import DistillConfig
+from kdkernels.trainers.heads import check_head, head_of
+from kdkernels.trainers.models import (
+    common_vocabulary,
+    layers_of,
+    load_model,
+    load_tokenizer,
+    same_tokenizer,
+    student_from_layers,
+)
+from kdkernels.trainers.objective import Objective, build_divergence
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the loop works on."""
+
+    objective: Objective
+    tokenizer: Any
+    corpus: Corpus
+
+
+def build(config: DistillConfig, teacher: Any = None, student: Any = None, tokenizer: Any = None) -> Setup:
+    """Load what is not given; the cheap checks come before the slow loads."""
+    divergence = build_divergence(config.divergence, config.divergence_args)
+    device = _device(config.device)
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    cut = None if student is not None else layers_of(config.student, 10**6)
+    tokenizer = tokenizer or _tokenizer(config, cut is not None or student is not None)
+    corpus = load_corpus(
+        config.data,
+        config.domain,
+        tokenizer,
+        length=config.block_size,
+        held_out=config.held_out,
+        seed=config.seed,
+        text_key=config.text_key,
+    )
+    if teacher is None:
+        teacher = load_model("teacher", config.teacher, dtype)
+    if student is None:
+        keep = layers_of(config.student, getattr(teacher.config, "num_hidden_layers", 0))
+        student = (
+            load_model("student", config.student, torch.float32) if keep is None else student_from_layers(teacher, keep)
+        )
+    teacher = teacher.to(device).eval().requires_grad_(False)
+    student = student.to(device).train()
+    heads = {role: head_of(model, role) for role, model in (("teacher", teacher), ("student", student))}
+    vocab = common_vocabulary(heads["teacher"].vocab, heads["student"].vocab, len(tokenizer), config.vocab_size)
+    for role, model in (("teacher", teacher), ("student", student)):
+        check_head(model, heads[role], role, device)
+        limit = getattr(model.config, "max_position_embeddings", None)
+        if limit is not None and config.block_size > limit:
+            raise UserError(f"block_size is {config.block_size}; the {role} reads at most {limit} tokens; lower it")
+    objective = Objective(
+        config, divergence, teacher, student, heads["teacher"], heads["student"], vocab, dtype, device
+    )
+    return Setup(objective, tokenizer, corpus)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"device is {name!r}; this torch cannot use it ({str(error).splitlines()[0]}); try cpu"
+        ) from error
+    return device
+
+
+def _tokenizer(config: DistillConfig, from_teacher: bool) -> Any:
+    """The run's tokeniser; where teacher and student bring one each, they must agree."""
+    if config.tokenizer:
+        return load_tokenizer("tokenizer", config.tokenizer)
+    teacher = load_tokenizer("teacher", config.teacher)
+    if from_teacher:
+        return teacher
+    student = load_tokenizer("student", config.student)
+    same_tokenizer(teacher, student)
+    return student
+
+
+def check_output(config: DistillConfig) -> Path:
+    """The folder of the run: new, or to be resumed with the same options."""
+    output = Path(config.output).expanduser()
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output is {config.output!r}, a file; allowed: a folder; choose another")
+    begun = output / "config.json"
+    if begun.is_file():
+        if not config.resume:
+            steps = checkpoint.steps_in(output / "checkpoints")
+            state = (
+                "a finished run" if (output / "summary.json").is_file() else f"a run at step {max(steps, default=0)}"
+            )
+            raise UserError(f"output {config.output!r} holds {state}; add --resume, or choose another --output")
+        _same_run(config, begun)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output is {config.output!r}; it cannot be made ({error.strerror}); choose another") from error
+    if not os.access(output, os.W_OK):
+        raise UserError(f"output is {config.output!r}; it cannot be written; choose another")
+    return output
+
+
+def _same_run(config: DistillConfig, begun: Path) -> None:
+    before = json.loads(begun.read_text(encoding="utf-8"))
+    for name, value in config.trajectory().items():
+        if name in before and before[name] != value:
+            raise UserError(
+                f"{name} is {value!r}, but the run in {str(begun.parent)!r} began with {before[name]!r}; "
+                "resume with the same options, or choose another --output"
+            )
+
+
+def save_student(objective: Objective, tokenizer: Any, output: Path) -> Path:
+    """Write `output/student` in transformers' format, whole or not at all; the student is cast to the saved dtype."""
+    import shutil
+
+    from kdkernels.trainers.models import quiet
+
+    name = objective.config.save_dtype
+    dtype = objective.dtype if name == "auto" else getattr(torch, name)
+    target, temporary = output / "student", output / f".student.{os.getpid()}.tmp"
+    with quiet():
+        objective.student.to(dtype).save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    if target.exists():
+        shutil.rmtree(target)
+    temporary.replace(target)
+    checkpoint.sync_folder(output)
+    return target
