@@ -1,0 +1,66 @@
+# Each target makes its own environment in .venv and installs what it needs; nothing outside the tree is touched.
+#
+#   make test      format, types, sanitizers, every test but the long campaigns     (README's test command, CI)
+#   make quick     the tests that take seconds                                      (under 90 s once installed)
+#   make soak      the long campaigns
+#   make demo      the main job on a real model
+#   make bench     the benchmarks
+#   make lint      ruff, clang-format, mypy
+#   make sanitize  the C++ kernels under ASan and UBSan
+#
+# TORCH chooses the torch to install, e.g. make test TORCH='torch==2.10.*'; PYTHON the interpreter of the environment.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+PYTEST := $(BIN)/python -m pytest -q --durations=5
+SUFFICIENT := not soak and not gpu
+
+# What the installed package is made from: a change here rebuilds it, any other change is seen at once.
+SOURCES := pyproject.toml setup.py _kd_build.py \
+  $(wildcard build_tools/*.py csrc/*.* csrc/cpu/* csrc/cuda/* kdkernels/divergences/*.py)
+
+.PHONY: install test quick soak demo bench lint sanitize format clean
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) "$(TORCH)"
+	touch $@
+
+$(VENV)/.tools: $(VENV)/.torch pyproject.toml
+	$(PIP) "setuptools>=77" "pybind11>=2.13" "ninja>=1.11"
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.tools $(SOURCES)
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --editable ".[dev]"
+	touch $@
+
+install: $(VENV)/.installed
+
+test: lint sanitize
+	$(PYTEST) -m "$(SUFFICIENT)"
+
+quick: $(VENV)/.installed
+	$(PYTEST) -m "not slow and $(SUFFICIENT)"
+
+soak: $(VENV)/.installed
+	$(PYTEST) -m "soak"
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+	$(BIN)/mypy
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+
+sanitize: $(VENV)/.installed
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m build_tools.sanitize
+
+clean:
+	rm -rf build dist *.egg-info kdkernels/*.so

@@ -1,0 +1,59 @@
+"""The CPU kernels and their C++ driver under sanitizers, without torch: `python -m build_tools.sanitize [LIST]`.
+
+LIST is what -fsanitize= takes (default address,undefined). Every instruction set that this machine can run is tested.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from build_tools import generate, locate, plan
+from build_tools.execute import execute
+from build_tools.options import BuildError, Options
+from build_tools.options import read as read_options
+
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT = "address,undefined"
+EVERY = {"thread": "7"}  # thread sanitizing looks at sharing, not at tails: a seventh of the cases will do
+
+
+def build(sanitize: str, jobs: int) -> Path:
+    """Compiles kernels and driver; returns the executable."""
+    folder = ROOT / "build" / f"sanitize-{sanitize.replace(',', '-')}"
+    tools = plan.Toolchain(ROOT, folder, tuple(locate.find_compiler()), sanitize)
+    generate.divergences_header(ROOT, folder / "gen")
+    generate.facts_header(folder / "gen", {"kernels": list(generate.kernel_digests(ROOT).items())})
+    driver = tools.compile(ROOT / "csrc/tests/rows_sweep.cpp", "test_", [])
+    steps = [driver, *plan.cpu_kernels(tools)]
+    program = folder / "rows_sweep"
+    execute([*steps, tools.link(program, steps, ["-pthread"])], folder, jobs)
+    return program
+
+
+def main(arguments: list[str]) -> int:
+    """Builds and runs; the exit status is the number of instruction sets that failed."""
+    sanitize = arguments[0] if arguments else DEFAULT
+    options: Options = read_options()
+    start = time.monotonic()
+    try:
+        program = build(sanitize, options.jobs)
+    except BuildError as error:
+        print(f"sanitize: {error}", file=sys.stderr)
+        return 1
+    print(f"sanitize: built with {sanitize} in {time.monotonic() - start:.0f} s", flush=True)
+    failed = 0
+    for isa in plan.instruction_sets(ROOT):
+        environment = {**os.environ, "KDKERNELS_ISA": isa, "UBSAN_OPTIONS": "print_stacktrace=1"}
+        start = time.monotonic()
+        code = subprocess.run([str(program), EVERY.get(sanitize, "1")], env=environment, check=False).returncode
+        print(f"sanitize: {isa} {'passed' if code == 0 else f'FAILED ({code})'} in {time.monotonic() - start:.0f} s")
+        failed += code != 0
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
