@@ -231,15 +231,18 @@ def _mixed(name: str, lp: Tensor, lq: Tensor, a: float) -> Tensor:
 
 def _alpha_beta(lp: Tensor, lq: Tensor, a: float, b: float) -> Tensor:
     """[N, V], the limits of ABKD (arXiv 2505.04560) where a or b is 0."""
-    p, q = lp.exp(), lq.exp()
+
+    def power(l: Tensor, x: float) -> Tensor:  # of a probability that may be 0: autograd of q**x would divide by it
+        return (x * l).exp()
+
     if a == 0 and b == 0:
         return (lp - lq) ** 2 / 2
     if b == 0:
-        return (p**a * (a * lp - a * lq) - p**a + q**a) / a**2
+        return (power(lp, a) * (a * lp - a * lq) - power(lp, a) + power(lq, a)) / a**2
     if a == 0:
-        return (q**b * (b * lq - b * lp) - q**b + p**b) / b**2
+        return (power(lq, b) * (b * lq - b * lp) - power(lq, b) + power(lp, b)) / b**2
     s = a + b
-    return -((a * lp + b * lq).exp() - a / s * p**s - b / s * q**s) / (a * b)
+    return -((a * lp + b * lq).exp() - a / s * power(lp, s) - b / s * power(lq, s)) / (a * b)
 
 
 def _adaptive_kl(lp: Tensor, lq: Tensor, mu: float) -> Tensor:
