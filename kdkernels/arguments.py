@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from kdkernels._checks import fail, require_choice, require_finite_number, values_checked
 from kdkernels.logits import LinearLogits
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_scalars(
@@ -16,6 +20,7 @@ def check_scalars(
     ce_weight: float,
     chunk_bytes: int | None,
     vocab_size: int | None,
+    ignore_index: int,
 ) -> None:
     """Numbers that are the same for every token."""
     require_finite_number("temperature", temperature)
@@ -25,10 +30,13 @@ def check_scalars(
     for name, weight in (("kd_weight", kd_weight), ("ce_weight", ce_weight)):
         require_finite_number(name, weight)
         if weight < 0:
-            fail(ValueError, name, weight, ">= 0")
+            fail(ValueError, name, weight, ">= 0", "0 leaves that part of the loss out")
     for name, value in (("chunk_bytes", chunk_bytes), ("vocab_size", vocab_size)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or value <= 0):
             fail(ValueError, name, repr(value), "an int > 0 or None")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, torch.SymInt)):
+        remedy = "-100 is what tokenizers' collators write for tokens that do not count"
+        fail(ValueError, "ignore_index", repr(ignore_index), "an int", remedy)
 
 
 def check_reduction(reduction: str, num_items: int | float | Tensor | None) -> None:
@@ -44,6 +52,8 @@ def check_reduction(reduction: str, num_items: int | float | Tensor | None) -> N
             f"None with reduction={reduction!r}",
             "it is the divisor of reduction='mean'",
         )
+    if isinstance(num_items, bool) or not isinstance(num_items, (int, float, torch.SymInt, torch.SymFloat, Tensor)):
+        fail(ValueError, "num_items", repr(num_items), "a number or a 0-dim tensor", "count the tokens that count")
     if isinstance(num_items, Tensor):
         if num_items.dim() != 0:
             fail(
@@ -51,11 +61,12 @@ def check_reduction(reduction: str, num_items: int | float | Tensor | None) -> N
                 "num_items",
                 f"a tensor of shape {list(num_items.shape)}",
                 "a number or a 0-dim tensor",
+                "sum it up",
             )
         if torch.compiler.is_compiling() or (num_items.device.type != "cpu" and not values_checked()):
             return
-    if not num_items > 0:
-        fail(ValueError, "num_items", num_items, "> 0", "count the tokens of the whole accumulated batch")
+    if not 0 < num_items < math.inf:
+        fail(ValueError, "num_items", num_items, "finite and > 0", "count the tokens of the whole accumulated batch")
 
 
 def check_later(group: object | None, sparse_mode: str) -> None:
@@ -96,6 +107,7 @@ def check_pair(student: Tensor | LinearLogits, teacher: Tensor | LinearLogits, v
             "teacher shape",
             list(teacher.shape),
             f"the student's leading shape {list(student.shape[:-1])} and a vocabulary",
+            "give both models the same tokens",
         )
     ours, theirs = student.shape[-1], teacher.shape[-1]
     if vocab_size is None:
@@ -109,6 +121,7 @@ def check_pair(student: Tensor | LinearLogits, teacher: Tensor | LinearLogits, v
             "vocab_size",
             vocab_size,
             f"at most the smaller vocabulary (student {ours}, teacher {theirs})",
+            "pass the number of tokens that the tokenizer has",
         )
     return vocab_size
 
@@ -124,8 +137,8 @@ def _check_side(name: str, side: object) -> None:
             "a plain tensor",
             "this version has no vocabulary shards: use .full_tensor()",
         )
-    if not side.dtype.is_floating_point:
-        fail(TypeError, f"{name} dtype", side.dtype, "float32, bfloat16, float16 or float64")
+    if side.dtype not in DTYPES:
+        fail(TypeError, f"{name} dtype", side.dtype, "float32, bfloat16, float16 or float64", "cast it with .to(dtype)")
     if len(side.shape) < 1 or side.shape[-1] == 0:
         fail(ValueError, f"{name} shape", list(side.shape), "[..., V] with V >= 1")
     if isinstance(side, LinearLogits):
@@ -170,12 +183,14 @@ def check_tokens(
         if value is None:
             continue
         if not isinstance(value, Tensor):
-            fail(TypeError, name, type(value).__name__, "a torch.Tensor")
+            fail(TypeError, name, type(value).__name__, "a torch.Tensor", "wrap it in torch.as_tensor")
         if value.shape != leading:
-            fail(ValueError, f"{name} shape", list(value.shape), f"the logits' leading shape {list(leading)}")
+            remedy = "one for each position, with shift=True as well" if shift else "one for each row of logits"
+            allowed = f"the logits' leading shape {list(leading)}"
+            fail(ValueError, f"{name} shape", list(value.shape), allowed, remedy)
         if value.device != device:
-            fail(ValueError, f"{name} device", value.device, f"that of the logits, {device}")
+            fail(ValueError, f"{name} device", value.device, f"that of the logits, {device}", "use .to(device)")
     if labels is not None and (labels.is_floating_point() or labels.dtype == torch.bool):
-        fail(TypeError, "labels dtype", labels.dtype, "an integer dtype")
+        fail(TypeError, "labels dtype", labels.dtype, "an integer dtype", "pass token ids, not one-hot rows or masks")
     if token_weights is not None and token_weights.requires_grad:
         fail(ValueError, "token_weights", "a tensor that requires grad", "a constant", "pass .detach()")

@@ -118,7 +118,9 @@ def distillation_loss(
 
     Source: Hinton et al. 2015 (arXiv 1503.02531); for each divergence the docstring of its class.
     """
-    arguments.check_scalars(temperature, temperature_scaling, kd_weight, ce_weight, chunk_bytes, vocab_size)
+    arguments.check_scalars(
+        temperature, temperature_scaling, kd_weight, ce_weight, chunk_bytes, vocab_size, ignore_index
+    )
     arguments.check_reduction(reduction, num_items)
     arguments.check_later(group, sparse_mode)
     student, teacher = _autocast(student), _autocast(teacher)
@@ -189,7 +191,9 @@ class _Call:
                 remedy,
             )
         rows = _rows(student)
-        if rows.numel() and rows.untyped_storage().data_ptr() != student.untyped_storage().data_ptr():
+        moved = rows.untyped_storage().data_ptr() != student.untyped_storage().data_ptr()
+        overlapping = rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]
+        if rows.numel() and (moved or overlapping):
             remedy = "pass logits whose rows have unit stride and evenly spaced starts, or inplace=False"
             fail(
                 ValueError,
