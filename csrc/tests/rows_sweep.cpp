@@ -269,7 +269,8 @@ void sweep_case(const Options& o) {
     for (int64_t row = 0; row < rows; ++row)
       check_row(o, row, loss, o.gradient ? &target : nullptr, o.vocab + padding);
     std::vector<unsigned char> bits = loss.bits();
-    for (const Matrix* m : {o.gradient ? &target : &loss, o.stats ? &stats : &loss}) {
+    const Matrix* const outputs[] = {o.gradient ? &target : &loss, o.stats ? &stats : &loss};
+    for (const Matrix* m : outputs) {
       const auto more = m->bits();
       bits.insert(bits.end(), more.begin(), more.end());
     }
