@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from kdkernels.weights import RowWeights
 
 MASKED = -1e4
-"""Log-probability that stands for the exact -inf of a masked entry: its cost is large and finite."""
+"""Log-probability that stands for the -inf of a masked entry: its cost is large and finite."""
+
+HOPELESS = -1e20
+"""Below, a log-probability is a mask as well, written as finfo.min: 1e-38, the smallest exp, times it is a number."""
 
 
 def divergence_rows_(
@@ -66,6 +69,10 @@ def _log_probs(z: Tensor, temperature: float) -> Tensor:
     return z - z.exp().sum(-1, keepdim=True).log()
 
 
+def _mended(log_probs: Tensor) -> Tensor:
+    return torch.where(log_probs < HOPELESS, MASKED, log_probs)  # NaN compares false and stays
+
+
 def _bad_rows(z: Tensor) -> Tensor:
     """Rows with NaN, +inf, or nothing but -inf."""
     return ~torch.isfinite(z.amax(-1))
@@ -78,8 +85,7 @@ def _gated(weight: Tensor, value: Tensor) -> Tensor:
 
 def _divergence(lp: Tensor, lq: Tensor, spec: RowSpec) -> tuple[Tensor, Tensor]:
     """D ``[C]`` and its gradient with respect to the scaled logits ``[C, V]``."""
-    lp = torch.where(lp == -torch.inf, MASKED, lp)
-    lq = torch.where(lq == -torch.inf, MASKED, lq)
+    lp, lq = _mended(lp), _mended(lq)
     if spec.kernel == "adaptive_kl":
         return _adaptive_kl(lp, lq, spec.a)
     elements = divergences.elements(spec.kernel)
@@ -119,7 +125,7 @@ def _cross_entropy(lq1: Tensor, labels: Tensor | None, wanted: Tensor) -> tuple[
         return lq1.new_zeros(lq1.shape[0]), torch.zeros_like(lq1)
     legal = (labels >= 0) & (labels < lq1.shape[1])
     index = torch.where(legal, labels, 0)[:, None]
-    nll = -torch.where(lq1 == -torch.inf, MASKED, lq1).gather(-1, index)[:, 0]
+    nll = -_mended(lq1).gather(-1, index)[:, 0]
     onehot = torch.zeros_like(lq1).scatter_(-1, index, legal[:, None].to(lq1.dtype))
     return torch.where(legal, nll, torch.where(wanted, torch.nan, 0.0)), onehot
 

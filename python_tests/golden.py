@@ -20,7 +20,10 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 MASKED = -1e4
-"""Log-probability that replaces the exact -inf of a masked entry."""
+"""Log-probability of a masked entry: -inf, or hopeless."""
+
+HOPELESS = -1e20
+"""Log-probabilities below come from masks too, written as finfo.min; a cost of 1e38 nats says nothing more."""
 
 
 class Side(NamedTuple):
@@ -181,9 +184,9 @@ def _to_logits(side: Side, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _log_probs(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-softmax, and the leaf to differentiate by. A -inf logit becomes the one whose log-probability is -1e4."""
+    """Log-softmax, and the leaf to differentiate by. A masked logit becomes the one whose log-probability is -1e4."""
     lse = z.logsumexp(-1, keepdim=True)
-    leaf = torch.where(z == -torch.inf, lse + MASKED, z).requires_grad_()
+    leaf = torch.where(z - lse < HOPELESS, lse + MASKED, z).requires_grad_()
     return leaf.log_softmax(-1), leaf
 
 
@@ -232,8 +235,8 @@ def _mixed(name: str, lp: Tensor, lq: Tensor, a: float) -> Tensor:
 def _alpha_beta(lp: Tensor, lq: Tensor, a: float, b: float) -> Tensor:
     """[N, V], the limits of ABKD (arXiv 2505.04560) where a or b is 0."""
 
-    def power(l: Tensor, x: float) -> Tensor:  # of a probability that may be 0: autograd of q**x would divide by it
-        return (x * l).exp()
+    def power(l: Tensor, x: float) -> Tensor:
+        return (x * l).exp()  # not q**x, whose autograd divides by q: it may be 0
 
     if a == 0 and b == 0:
         return (lp - lq) ** 2 / 2

@@ -137,7 +137,7 @@ def test_values_in_fifty_digits(name, a, b):
         expected = torch.tensor(
             [float(exact(name, a, b, s, t)) for s, t in zip(zs.tolist(), zt.tolist(), strict=True)], dtype=torch.float64
         )
-    assert golden.loss_error(golden.distill(zs, zt, name, a, b).loss, expected) < 1e-13
+    assert golden.loss_error(golden.distill(zs, zt, name, a, b).loss, expected) < 2e-13
 
 
 @pytest.mark.parametrize(("name", "a", "b"), CASES)
