@@ -104,7 +104,7 @@ class Run:
                     self._leave()
                 bar.update()
                 if self.step % config.log_every == 0 or self.step == config.steps:
-                    bar.set_postfix(self._log_step())
+                    bar.set_postfix(self._log_step(), refresh=False)
                 if config.save_every and self.step % config.save_every == 0:
                     self._save()
         after = self._evaluate()

@@ -1,0 +1,125 @@
+"""`report.png`: the demo's figures on one page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+BEFORE, PLAIN, OURS, TEACHER = "#c9ced6", "#e8a33d", "#2f6fb3", "#3b3f46"
+
+
+def draw(metrics: dict[str, Any], curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
+    """Four panels: held-out KL, held-out perplexity, the course of training, the loss layer's cost."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(
+        {
+            "font.size": 10,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlesize": 11.5,
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+        }
+    )
+    figure, axes = plt.subplots(2, 2, figsize=(11.5, 8.2), layout="constrained")
+    _divergence(axes[0][0], metrics)
+    _perplexity(axes[0][1], metrics)
+    _course(axes[1][0], curves, metrics)
+    _layer(axes[1][1], metrics["loss_layer"])
+    figure.suptitle(
+        f"{metrics['teacher']} → {metrics['student_layers']} of its {metrics['teacher_layers']} layers, "
+        f"{metrics['student_params'] / 1e6:.0f} M parameters, {metrics['steps']} steps of "
+        f"{metrics['tokens'] // metrics['steps']} tokens",
+        fontsize=13,
+        x=0.01,
+        ha="left",
+    )
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _bars(
+    axis: Any, groups: list[str], series: list[tuple[str, str, list[float]]], form: Callable[[float], str]
+) -> None:
+    width = 0.8 / len(series)
+    for number, (label, colour, values) in enumerate(series):
+        places = [i + (number - (len(series) - 1) / 2) * width for i in range(len(groups))]
+        bars = axis.bar(places, values, width * 0.92, label=label, color=colour)
+        axis.bar_label(bars, [form(v) for v in values], padding=2, fontsize=8.5)
+    axis.set_xticks(range(len(groups)), groups)
+    axis.tick_params(axis="x", length=0)
+
+
+def _divergence(axis: Any, metrics: dict[str, Any]) -> None:
+    domains = list(metrics["kl_after"])
+    _bars(
+        axis,
+        domains,
+        [
+            ("layers removed, untrained", BEFORE, [metrics["kl_before"][d] for d in domains]),
+            ("cross-entropy on the text", PLAIN, [metrics["cross_entropy"]["kl_after"][d] for d in domains]),
+            ("distilled (forward KL)", OURS, [metrics["kl_after"][d] for d in domains]),
+        ],
+        "{:.2f}".format,
+    )
+    axis.set_ylabel("nats per token")
+    axis.set_title("KL(teacher ‖ student) on held-out text")
+    axis.margins(y=0.22)
+    axis.legend(frameon=False, fontsize=8.5, loc="upper left", ncols=3, columnspacing=1.2, handlelength=1.2)
+
+
+def _perplexity(axis: Any, metrics: dict[str, Any]) -> None:
+    domains = list(metrics["ppl_after"])
+    _bars(
+        axis,
+        domains,
+        [
+            ("untrained", BEFORE, [metrics["ppl_before"][d] for d in domains]),
+            ("cross-entropy", PLAIN, [metrics["cross_entropy"]["ppl_after"][d] for d in domains]),
+            ("distilled", OURS, [metrics["ppl_after"][d] for d in domains]),
+            ("teacher", TEACHER, [metrics["ppl_teacher"][d] for d in domains]),
+        ],
+        lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.1f}",
+    )
+    axis.set_yscale("log")
+    axis.set_title("Perplexity on held-out text (log scale)")
+    axis.set_ylim(top=axis.get_ylim()[1] * 4)
+    axis.legend(frameon=False, fontsize=8.5, loc="upper left", ncols=4, columnspacing=1.2, handlelength=1.2)
+
+
+def _course(axis: Any, curves: dict[str, list[tuple[int, float]]], metrics: dict[str, Any]) -> None:
+    labels = {"cross_entropy": ("cross-entropy on the text", PLAIN), "distilled": ("distilled", OURS)}
+    for name, (label, colour) in labels.items():
+        steps, values = zip(*curves[name], strict=True)
+        axis.plot(steps, values, color=colour, lw=1.8, label=label)
+        axis.annotate(f"{values[-1]:.2f}", (steps[-1], values[-1]), (4, 0), textcoords="offset points", color=colour)
+    axis.set_xlabel("step (same seed, same batches)")
+    axis.set_ylabel("nats per token")
+    axis.set_title("Negative log-likelihood of the training text")
+    axis.legend(frameon=False, fontsize=9)
+    axis.grid(axis="y", alpha=0.25)
+
+
+def _layer(axis: Any, layer: dict[str, Any]) -> None:
+    """Two pairs of horizontal bars, each pair scaled to its larger member."""
+    rows = [("peak memory", "MiB", "mib"), ("time, forward and backward", "ms", "ms")]
+    for number, (title, unit, key) in enumerate(rows):
+        slow, fast = layer[f"eager_{key}"], layer[f"ours_{key}"]
+        top = max(slow, fast, 1e-9)
+        for offset, value, colour, name in ((0.18, slow, BEFORE, "eager"), (-0.18, fast, OURS, "kdkernels")):
+            axis.barh(number + offset, value / top, 0.32, color=colour)
+            axis.text(value / top + 0.012, number + offset, f"{name}: {value:,.0f} {unit}", va="center", fontsize=9.5)
+        axis.text(0, number + 0.42, title, fontsize=10, va="bottom")
+        if fast > 0:
+            axis.text(
+                1.32, number, f"{slow / fast:.1f}×", ha="right", va="center", fontsize=14, weight="bold", color=OURS
+            )
+    axis.set_xlim(0, 1.32)
+    axis.set_ylim(-0.5, 1.75)
+    axis.axis("off")
+    axis.set_title(f"Loss layer: {layer['tokens']} tokens × {layer['vocab']:,} vocabulary, {layer['dtype']}")
