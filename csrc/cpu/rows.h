@@ -1,0 +1,125 @@
+// The generic row functions: statistics (sum of term, sum of grad) and gradient of any separable divergence,
+// for one block of a row. Log-probabilities and clamped exponentials are formed here; the divergence sees
+// nothing else.
+#pragma once
+#include "lse.h"
+
+namespace KD_NS {
+
+#include "divergences.gen.h"
+
+// What the sweeps after the first need to know of a row.
+struct RowNumbers {
+  Normaliser student, teacher;
+  float per_t;
+};
+
+// The two sides of one vector.
+template <class V>
+struct Pair {
+  V lp, lq, p, q;
+};
+
+// Rows with -inf or hopeless logits (below kHopeless): exact -inf becomes kMasked. The clamped exponential of
+// a finite hopeless logit, 1.6e-38, would make numbers of products with it; it becomes 0, and where both
+// sides are hopeless the entry counts as masked on both.
+template <class V>
+KD_INLINE void mend(Pair<V>& x) {
+  const V minus = V::all(-INFINITY), masked = V::all(kMasked), hopeless = V::all(kHopeless), zero = V::all(0);
+  x.lp = select(eq(x.lp, minus), masked, x.lp);
+  x.lq = select(eq(x.lq, minus), masked, x.lq);
+  const mask p_low = lt(x.lp, hopeless), q_low = lt(x.lq, hopeless), both = p_low & q_low;
+  x.p = select(p_low, select(both, x.p, zero), x.p);
+  x.q = select(q_low, select(both, x.q, zero), x.q);
+  x.lp = select(both, masked, x.lp);
+  x.lq = select(both, masked, x.lq);
+}
+
+template <bool kCareful, class V>
+KD_INLINE Pair<V> pair_at(const float* zs, const float* zt, const RowNumbers& r) {
+  const V inverse = V::all(r.per_t);
+  Pair<V> x;
+  x.lp = fma(V::load(zt) - V::all(r.teacher.reference), inverse, V::all(-r.teacher.log));
+  x.lq = fma(V::load(zs) - V::all(r.student.reference), inverse, V::all(-r.student.log));
+  x.p = kd_exp(x.lp);
+  x.q = kd_exp(x.lq);
+  if (kCareful) mend(x);
+  return x;
+}
+
+struct TermGrad {
+  double term, grad;
+};
+
+struct Parameters {
+  float a, b;
+};
+
+template <class D, int kMode, bool kCareful>
+KD_NOINLINE TermGrad stats_block(const float* zs, const float* zt, int n, const RowNumbers& r,
+                                 Parameters given) {
+  typedef vec<kMode> V;
+  const V a = V::all(given.a), b = V::all(given.b), zero = V::all(0);
+  V term = zero, grad = zero;
+  for_vectors(n, [&](int i, auto lanes) {
+    const Pair<V> x = pair_at<kCareful, V>(zs + i, zt + i, r);
+    term = term + select(lanes, D::term(x.lp, x.lq, x.p, x.q, a, b), zero);
+    grad = grad + select(lanes, D::grad(x.lp, x.lq, x.p, x.q, a, b), zero);
+  });
+  return {sum(term.v), sum(grad.v)};
+}
+
+// out = kd * (grad - q * total) + ce * q, with kd = w_kd / T and, at T = 1, ce = w_ce; else ce = 0.
+template <class D, bool kCareful>
+KD_NOINLINE void grad_block(const float* zs, const float* zt, float* out, int n, const RowNumbers& r,
+                            Parameters given, float total, float kd, float ce) {
+  const vf a = vf::all(given.a), b = vf::all(given.b);
+  const vf weight = vf::all(kd), share = vf::all(ce - kd * total);
+  for (int i = 0; i < n; i += kWidth) {
+    const Pair<vf> x = pair_at<kCareful, vf>(zs + i, zt + i, r);
+    fma(weight, D::grad(x.lp, x.lq, x.p, x.q, a, b), share * x.q).store(out + i);
+  }
+}
+
+// A divergence's row functions. `quick` leaves out the series for small differences: its sum is off by some
+// 1e-7 nats, so a row whose divergence comes out small is summed again by `precise`. Only divergences whose
+// plain form is that good are quick; a newcomer is not.
+struct RowFunctions {
+  TermGrad (*quick)(const float*, const float*, int, const RowNumbers&, Parameters);
+  TermGrad (*precise)(const float*, const float*, int, const RowNumbers&, Parameters);
+  TermGrad (*careful)(const float*, const float*, int, const RowNumbers&, Parameters);
+  void (*gradient)(const float*, const float*, float*, int, const RowNumbers&, Parameters, float, float,
+                   float);
+  void (*careful_gradient)(const float*, const float*, float*, int, const RowNumbers&, Parameters, float,
+                           float, float);
+};
+
+constexpr bool same(const char* a, const char* b) {
+  for (; *a && *a == *b; ++a, ++b) {
+  }
+  return *a == *b;
+}
+
+template <class D>
+constexpr bool plain_form_is_good() {
+  return same(D::name, "forward_kl") || same(D::name, "reverse_kl") || same(D::name, "jsd") ||
+         same(D::name, "skew_kl") || same(D::name, "skew_reverse_kl") || same(D::name, "total_variation");
+}
+
+template <class D>
+constexpr RowFunctions functions_of() {
+  return {stats_block < D,
+          plain_form_is_good<D>() ? kQuick : kPrecise,
+          false >,
+          stats_block<D, kPrecise, false>,
+          stats_block<D, kPrecise, true>,
+          grad_block<D, false>,
+          grad_block<D, true>};
+}
+
+#define KD_ROW(name, id) functions_of<name>(),
+static constexpr RowFunctions kRowFunctions[] = {KD_FOR_EACH_DIVERGENCE(KD_ROW)};
+#undef KD_ROW
+constexpr int kDivergences = sizeof(kRowFunctions) / sizeof(kRowFunctions[0]);
+
+}  // namespace KD_NS
