@@ -1,0 +1,161 @@
+"""Measures everything and writes the JSON: `python -m benchmarks.run [--quick] [--cases WORDS] [--out FILE]`.
+
+Times of a group of cases come from a process of their own, once with the default allocator and once with
+MALLOC_MMAP_MAX_=0: glibc then keeps large blocks instead of returning them to the system after each use, which spares
+out-of-place code the page faults. Memory comes from a process per measurement. `--lock FILE` holds a lock on a file
+while one of these processes runs, for a machine shared with other work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from benchmarks import machine, memory, results, rivals, shapes
+from benchmarks.shapes import Case
+
+ALLOCATORS = {"default": {}, "MALLOC_MMAP_MAX_=0": {"MALLOC_MMAP_MAX_": "0"}}
+FULL = machine.ROOT / "benchmarks" / "results" / "cpu.json"
+QUICK = machine.ROOT / "runs" / "bench-quick.json"
+
+
+@contextmanager
+def _alone(lock: str | None) -> Iterator[None]:
+    if lock is None:
+        yield
+        return
+    with Path(lock).open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _module(name: str, *words: str) -> Any:
+    """JSON that `python -m name` prints last."""
+    done = subprocess.run(
+        [sys.executable, "-m", name, *words], cwd=machine.ROOT, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"python -m {name} {' '.join(words)} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def time_group(cases: list[Case], allocator: str, rounds: int, budget: float) -> list[dict[str, Any]]:
+    """Entries of cases timed in one process.
+
+    Raises:
+        RuntimeError: the process failed, or a loss of ours was wrong; its output is in the message.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "benchmark.json"
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "benchmarks/bench_time.py", f"--benchmark-json={out}"]
+        command += [f"--rounds={rounds}", f"--budget={budget}", *(f"--case={case.id}" for case in cases)]
+        environment = {**os.environ, **ALLOCATORS[allocator]}
+        done = subprocess.run(command, cwd=machine.ROOT, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-4000:]}\n{done.stderr[-2000:]}")
+        extras = [entry["extra_info"] for entry in json.loads(out.read_text())["benchmarks"]]
+    by_id = {case.id: case for case in cases}
+    return [results.timed(by_id[extra["case"]], allocator, extra) for extra in extras]
+
+
+def _times(cases: list[Case], options: argparse.Namespace) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for allocator in ALLOCATORS:
+        for key, group in groupby(
+            cases, key=lambda case: (case.op, case.V, case.dtype, case.divergence in shapes.MAIN)
+        ):
+            chosen = list(group)
+            rounds, budget = shapes.effort(chosen[0], options.quick)
+            with _alone(options.lock):
+                start = time.monotonic()
+                found += time_group(chosen, allocator, rounds, budget)
+            _say(f"time {key} {allocator}: {time.monotonic() - start:.0f} s")
+    return found
+
+
+def _memory(cases: list[Case], options: argparse.Namespace) -> list[dict[str, Any]]:
+    found = []
+    for case in cases:
+        for contestant in rivals.contestants(case):
+            if contestant.missing() or (contestant.name == "trl:chunked" and case.V > 100000):
+                continue  # a minute each: measured at V = 32000
+            if not contestant.name.startswith("ours") and case.N > 2048:
+                continue  # the larger N shows that ours is flat in it
+            for allocator in ALLOCATORS if contestant.name.startswith("ours") else ["default"]:
+                with _alone(options.lock):
+                    entry = memory.in_fresh_process(case, contestant.name, ALLOCATORS[allocator])
+                found.append({**entry, "allocator": allocator})
+        _say(f"memory {case.id}")
+    return found
+
+
+def _say(text: str) -> None:
+    print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Everything the options ask for."""
+    cases = shapes.select(shapes.QUICK if options.quick else shapes.FULL, options.cases)
+    started = time.monotonic()
+    found: dict[str, Any] = {"commit": machine.commit(), "settings": vars(options), "cases": len(cases)}
+    found["machine"] = _module("benchmarks.machine")
+    with _alone(options.lock):
+        found["limits"] = _module("benchmarks.floors")
+    parts = options.parts.split(",")
+    if "time" in parts:
+        found["time"] = _times(cases, options)
+    if "memory" in parts and not options.quick:
+        found["memory"] = _memory(shapes.MEMORY, options)
+    if "errors" in parts:
+        with _alone(options.lock):
+            found["errors"] = _module("benchmarks.accuracy", *(["--quick"] if options.quick else []))
+    found["sources"] = {c.name: c.source for c in rivals.everyone()}
+    found["minutes"] = round((time.monotonic() - started) / 60, 1)
+    return found
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    out = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
+    out.add_argument("--quick", action="store_true", help="small shapes, two minutes; writes runs/bench-quick.json")
+    out.add_argument("--cases", default="", help="only cases whose id holds all of these comma-separated words")
+    out.add_argument("--parts", default="time,memory,errors", help="which of time, memory, errors (default: all)")
+    out.add_argument("--out", type=Path, default=None, help=f"the JSON (default: {FULL.relative_to(machine.ROOT)})")
+    out.add_argument("--lock", default=None, help="file to lock while a process measures")
+    return out
+
+
+def main(words: list[str] | None = None) -> None:
+    """Measures, writes the JSON and the plot, prints the tables."""
+    from benchmarks import report
+
+    options = parser().parse_args(words)
+    out = options.out or (QUICK if options.quick else FULL)
+    options.out = None  # a path of this machine says nothing about the result
+    lock, found = options.lock, measure(options)
+    found["settings"] = {k: v for k, v in vars(options).items() if k not in ("out", "lock")} | {
+        "lock": lock is not None
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(results.dump(found))
+    _say(f"wrote {out}")
+    print(report.markdown(found))
+    if not options.quick and not options.cases:
+        from benchmarks import plot
+
+        plot.draw(found, out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
