@@ -1,7 +1,7 @@
 // adaptive_kl: forward and reverse KL weighted by how far apart the two distributions are over the teacher's
 // head (the smallest set of entries with mass >= mu) and over its tail; the weights count as constants.
 #pragma once
-#include "head.h"  // in the namespace that task.h names
+#include "head.h"
 #include "task.h"
 
 namespace KD_NS {

@@ -1,15 +1,12 @@
 // float64: the same row functions in plain scalar code, in double precision throughout. For gradcheck and for
 // whoever trains in float64; nothing here is tuned. -inf entries, hopeless logits and NaN rows as in rows.h.
+#define KD_ISA f64
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
-#include "isa.h"
-
-#define KD_NS kd_f64
-#define KD_INLINE inline __attribute__((always_inline))
-
 #include "head.h"
+#include "isa.h"
 
 namespace kd_f64 {
 

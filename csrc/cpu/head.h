@@ -8,6 +8,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "isa.h"
+
 namespace KD_NS {
 
 constexpr int kDigitBits = 11, kBins = 1 << kDigitBits;

@@ -1,6 +1,15 @@
-// The entry points of one instruction set's build, as select.cpp sees them.
+// One instruction set's build: its namespace, and its entry points as select.cpp sees them.
 #pragma once
 #include "../kernels.h"
+
+// Sources compiled once per instruction set get -DKD_ISA=avx512|avx2|baseline and live in the namespace
+// KD_NS; they use no inline function of the standard library: the linker merges equal inline functions of
+// different objects, and a baseline build could then run the AVX-512 copy.
+#define KD_CAT2(a, b) a##b
+#define KD_CAT(a, b) KD_CAT2(a, b)
+#define KD_NS KD_CAT(kd_, KD_ISA)
+#define KD_INLINE inline __attribute__((always_inline))
+#define KD_NOINLINE __attribute__((noinline))
 
 struct kd_cpu_kernels {
   const char* name;

@@ -1,25 +1,18 @@
 // A vector of floats and the few operations the kernels need, for the instruction set this file is compiled
 // for.
 //
-// Every source of this folder that is compiled more than once lives in the namespace KD_NS (kd_avx512,
-// kd_avx2, kd_baseline) and uses no inline function of the standard library: the linker merges equal inline
-// functions of different objects, and a baseline build could then run the AVX-512 copy.
-//
 // Order of operands: x86's max and min return their second operand when either is NaN. `floor_at(x, low)`
 // relies on it, so that a NaN is never repaired.
 #pragma once
 #include <stdint.h>
 #include <string.h>
 
-#define KD_CAT2(a, b) a##b
-#define KD_CAT(a, b) KD_CAT2(a, b)
+#include "isa.h"
+
 #define KD_IS_baseline 0
 #define KD_IS_avx2 2
 #define KD_IS_avx512 5
 #define KD_LEVEL KD_CAT(KD_IS_, KD_ISA)
-#define KD_NS KD_CAT(kd_, KD_ISA)
-#define KD_INLINE inline __attribute__((always_inline))
-#define KD_NOINLINE __attribute__((noinline))
 
 #if KD_LEVEL >= KD_IS_avx2
 // GCC 12 takes the deliberately undefined pass-through of its own AVX-512 intrinsics for a mistake.
