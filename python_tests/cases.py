@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -32,54 +34,51 @@ DIVERGENCES = (
     kd.AdaptiveKL(),
     kd.AdaptiveKL(mu=0.9),
 )
-ONE_OF_EACH = tuple(kd.divergences.get(name) for name in kd.divergences.names() if not name.startswith("_"))
+ONE_OF_EACH = tuple(kd.divergences.get(name) for name in kd.divergences.names())
 
-KINDS = (
-    "ordinary", "peaked", "flat", "flat_student", "identical", "near",
-    "masked", "masked_student", "masked_teacher", "finfo_min", "finfo_min_student", "finfo_min_teacher", "one_hot", "shifted",
-)  # fmt: skip
+
+class Noise:
+    """Reproducible ingredients of one pair of logits, float64 ``[rows, vocab]``."""
+
+    def __init__(self, rows: int, vocab: int, smallest: float, seed: int) -> None:
+        self.shape, self.smallest = (rows, vocab), smallest
+        self.generator = torch.Generator().manual_seed(1_000_003 * seed + 1009 * vocab + rows)
+        self.student, self.teacher = 3 * self.draw(), 3 * self.draw()
+        self.mask = torch.rand(self.shape, generator=self.generator) < 0.3
+        self.mask[:, vocab // 2] = False  # a whole row of -inf is another matter
+
+    def draw(self) -> Tensor:
+        return torch.randn(self.shape, generator=self.generator, dtype=torch.float64)
+
+    def masked(self, side: Tensor, value: float = -torch.inf) -> Tensor:
+        return side.masked_fill(self.mask, value)
+
+    def one_hot(self) -> Tensor:
+        return torch.where(torch.arange(self.shape[1]) == self.shape[1] // 2, 0.0, -torch.inf).expand(self.shape)
+
+
+_KINDS: dict[str, Callable[[Noise], tuple[Tensor, Tensor]]] = {
+    "ordinary": lambda n: (n.student, n.teacher),
+    "peaked": lambda n: (100 * n.draw(), 100 * n.draw()),
+    "flat": lambda n: (torch.full_like(n.student, -2.0), torch.ones_like(n.teacher)),
+    "flat_student": lambda n: (torch.zeros_like(n.student), n.teacher),
+    "identical": lambda n: (n.teacher.clone(), n.teacher),
+    "near": lambda n: (n.teacher + 1e-3 * n.student, n.teacher),
+    "masked": lambda n: (n.masked(n.student), n.masked(n.teacher)),
+    "masked_student": lambda n: (n.masked(n.student), n.teacher),
+    "masked_teacher": lambda n: (n.student, n.masked(n.teacher)),
+    "finfo_min": lambda n: (n.masked(n.student, n.smallest), n.masked(n.teacher, n.smallest)),
+    "finfo_min_student": lambda n: (n.masked(n.student, n.smallest), n.teacher),
+    "finfo_min_teacher": lambda n: (n.student, n.masked(n.teacher, n.smallest)),
+    "one_hot": lambda n: (n.student, n.one_hot()),
+    "shifted": lambda n: (n.student + 8192, n.teacher - 8192),
+}
+KINDS = tuple(_KINDS)
 
 
 def pair(kind: str, rows: int, vocab: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Student and teacher logits ``[rows, vocab]`` of one of `KINDS`."""
-    generator = torch.Generator().manual_seed(hash((rows, vocab, seed)) % 2**31)
-
-    def noise() -> Tensor:
-        return torch.randn(rows, vocab, generator=generator, dtype=torch.float64)
-
-    student, teacher = 3 * noise(), 3 * noise()
-    mask = torch.rand(rows, vocab, generator=generator) < 0.3
-    mask[:, vocab // 2] = False  # a whole row of -inf is another matter
-    smallest = torch.finfo(dtype).min
-    if kind == "peaked":
-        student, teacher = 100 * noise(), 100 * noise()
-    elif kind == "flat":
-        student, teacher = torch.full_like(student, -2.0), torch.ones_like(teacher)
-    elif kind == "flat_student":
-        student = torch.zeros_like(student)
-    elif kind == "identical":
-        student = teacher.clone()
-    elif kind == "near":
-        student = teacher + 1e-3 * student
-    elif kind == "masked":
-        student, teacher = (z.masked_fill(mask, -torch.inf) for z in (student, teacher))
-    elif kind == "masked_student":
-        student = student.masked_fill(mask, -torch.inf)
-    elif kind == "masked_teacher":
-        teacher = teacher.masked_fill(mask, -torch.inf)
-    elif kind == "finfo_min":
-        student, teacher = (z.masked_fill(mask, smallest) for z in (student, teacher))
-    elif kind == "finfo_min_student":
-        student = student.masked_fill(mask, smallest)
-    elif kind == "finfo_min_teacher":
-        teacher = teacher.masked_fill(mask, smallest)
-    elif kind == "one_hot":
-        one = torch.arange(vocab) == vocab // 2
-        teacher = torch.where(one, 0.0, -torch.inf).expand(rows, vocab)
-    elif kind == "shifted":
-        student, teacher = student + 8192, teacher - 8192
-    else:
-        assert kind == "ordinary", kind
+    student, teacher = _KINDS[kind](Noise(rows, vocab, torch.finfo(dtype).min, seed))
     return student.to(dtype).contiguous(), teacher.to(dtype).contiguous()
 
 
