@@ -1,15 +1,19 @@
-"""The three products of a linear head, each by the fastest GEMM that this CPU offers.
+"""The three products of a linear head, each by the fastest GEMM that this machine's torch offers.
 
-MKL takes a generic path for float32 on AMD processors; oneDNN does not (measured on an EPYC 9005, 2 threads,
-512 x 32000 x 1024: 171 -> 314 GFLOP/s forward, 186 -> 370 input gradient). bfloat16 and float16 go to oneDNN anyway.
+On a GPU, and in bfloat16 and float16 on a CPU, that is ``torch.mm``. In float32 on an AMD processor MKL takes a generic
+path and oneDNN does not. oneDNN's entry point has no ``out=``, so those products run over tiles of the vocabulary: the
+temporary of a tile stays in cache and below the allocator's mmap threshold, so that it costs no page faults.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+_TILE_BYTES = 4 * 2**20  # of one tile's temporary
 
 
 @functools.cache
@@ -27,31 +31,53 @@ def _onednn_float32(x: Tensor) -> bool:
     )
 
 
+def _onednn_mm(a: Tensor, b_transposed: Tensor) -> Tensor:
+    """``a [m, k] b_transposed[n, k]^T`` in float32."""
+    return torch.ops.mkldnn._linear_pointwise(a, b_transposed, None, "none", [], "")  # type: ignore[no-any-return]
+
+
+def _tiles(vocab: int, row_bytes: int) -> Iterator[slice]:
+    """Ranges of the vocabulary whose temporaries, ``row_bytes`` per entry, fit the tile."""
+    size = max(256, _TILE_BYTES // max(1, row_bytes) // 64 * 64)
+    return (slice(begin, begin + size) for begin in range(0, vocab, size))
+
+
 def logits_(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     """``out [C, V] = hidden [C, H] weight[V, H]^T``."""
-    if _onednn_float32(hidden):
-        out.copy_(torch.ops.mkldnn._linear_pointwise(hidden, weight, None, "none", [], ""))
-    else:
+    if not _onednn_float32(hidden):
         torch.mm(hidden, weight.t(), out=out)
+        return
+    for tile in _tiles(weight.shape[0], 4 * hidden.shape[0]):
+        out[:, tile] = _onednn_mm(hidden, weight[tile])
 
 
 def input_gradient_(dlogits: Tensor, weight: Tensor, out: Tensor) -> None:
     """``out [C, H] = dlogits [C, V] weight [V, H]``."""
-    torch.mm(dlogits, weight, out=out)
+    if not _onednn_float32(dlogits):
+        torch.mm(dlogits, weight, out=out)
+        return
+    out.zero_()
+    for tile in _tiles(weight.shape[0], 4 * dlogits.shape[0]):
+        out += _onednn_mm(dlogits[:, tile], weight[tile].t())
 
 
 def add_weight_gradient_(dlogits: Tensor, hidden: Tensor, out: Tensor, first: bool) -> None:
-    """``out [V, H] (+)= dlogits[C, V]^T hidden [C, H]``; ``first``: out holds nothing yet."""
-    if out.dtype == dlogits.dtype:
-        if first:
-            torch.mm(dlogits.t(), hidden, out=out)
-        else:
-            torch.addmm(out, dlogits.t(), hidden, out=out)
+    """``out [V, H] (+)= dlogits[C, V]^T hidden [C, H]``; ``first``: out holds nothing yet.
+
+    Where ``out`` is float32 and the operands are not, each product is rounded once to their dtype (a CPU has no GEMM
+    of bfloat16 operands with a float32 result) and the sum over chunks is exact to float32.
+    """
+    onednn = _onednn_float32(dlogits)
+    if first and not onednn and out.dtype == dlogits.dtype:
+        torch.mm(dlogits.t(), hidden, out=out)
         return
-    tile = 4096
-    for begin in range(0, out.shape[0], tile):
-        part = torch.mm(dlogits[:, begin : begin + tile].t(), hidden)
+    if not onednn and out.dtype == dlogits.dtype:
+        torch.addmm(out, dlogits.t(), hidden, out=out)
+        return
+    for tile in _tiles(out.shape[0], out.element_size() * hidden.shape[1]):
+        left = dlogits[:, tile].t()
+        part = _onednn_mm(left.contiguous(), hidden.t()) if onednn else torch.mm(left, hidden)
         if first:
-            out[begin : begin + tile].copy_(part)
+            out[tile] = part
         else:
-            out[begin : begin + tile].add_(part)
+            out[tile] += part

@@ -115,7 +115,10 @@ class Gradients:
         if self.wanted.weight:
             self.weight[0 if self.first else self.vocab :].zero_()
         dtype = self.student.input.dtype
-        return self.input, self.weight.to(dtype), self.bias.to(dtype)
+        weight = self.weight
+        if weight.dtype != dtype:
+            weight = memory.empty(tuple(weight.shape), dtype, weight.device).copy_(weight)
+        return self.input, weight, self.bias.to(dtype)
 
 
 @dataclass(frozen=True)
