@@ -33,7 +33,7 @@ static void zero_padding(const kd_rows& a, int64_t r) {
 
 static double negative_log_likelihood(const Task& task, const Row& row, double log_sum) {
   const double z = load_block(task.student, row.student, row.label, 1, task.zs)[0];
-  return z == -INFINITY ? -(double)kMasked : log_sum - (z - row.s.reference);
+  return z - row.s.reference < kHopeless ? -(double)kMasked : log_sum - (z - row.s.reference);
 }
 
 static double entropy(const Norm& s) { return log(s.sum) - s.weighted / s.sum; }

@@ -30,7 +30,7 @@ KD_INLINE double kd_kl(double p, double q, double d) { return p * (d - 1.0) + q;
 
 #include "divergences.gen.h"
 
-constexpr double kMasked = -1e4, kHopeless = -1e100;
+constexpr double kMasked = -1e4, kHopeless = -1e20;
 constexpr double kInfinity = INFINITY;
 
 typedef double (*Element)(double, double, double, double, double, double);
@@ -90,7 +90,7 @@ struct Pair {
 
 static double log_probability(double z, const Norm& n, double t) {
   const double l = (z - n.max) / t - n.log_sum;
-  return l == -kInfinity ? kMasked : l;
+  return l < kHopeless ? kMasked : l;
 }
 
 static Pair pair_at(const Row& row, int64_t i) {
@@ -98,10 +98,8 @@ static Pair pair_at(const Row& row, int64_t i) {
   Pair x;
   x.lp = log_probability(logit(a.teacher, row.r, i), row.t, a.temperature);
   x.lq = log_probability(logit(a.student, row.r, i), row.s, a.temperature);
-  const bool p_low = x.lp < kHopeless, q_low = x.lq < kHopeless;
-  if (p_low && q_low) x.lp = x.lq = kMasked;
-  x.p = p_low && !q_low ? 0 : kd_exp(x.lp);
-  x.q = q_low && !p_low ? 0 : kd_exp(x.lq);
+  x.p = kd_exp(x.lp);
+  x.q = kd_exp(x.lq);
   return x;
 }
 

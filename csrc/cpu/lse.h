@@ -12,7 +12,7 @@ namespace KD_NS {
 
 constexpr float kSlack = 16.0f;  // e^16 above the reference costs a float no digit
 constexpr float kHopeless = -1e20f;
-constexpr float kMasked = -1e4f;  // the log-probability that stands for an entry of -inf
+constexpr float kMasked = -1e4f;  // the log-probability that stands for an entry of -inf or below kHopeless
 
 // sum, weighted: of e^x and x e^x over the row, x = (z - reference) / T; cold: of e^(z - reference).
 struct Norm {

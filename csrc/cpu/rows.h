@@ -20,19 +20,13 @@ struct Pair {
   V lp, lq, p, q;
 };
 
-// Rows with -inf or hopeless logits (below kHopeless): exact -inf becomes kMasked. The clamped exponential of
-// a finite hopeless logit, 1.6e-38, would make numbers of products with it; it becomes 0, and where both
-// sides are hopeless the entry counts as masked on both.
+// Rows with masked entries, -inf or hopeless (below kHopeless: finfo.min): their log-probability becomes
+// kMasked. The clamped exponential, 1.6e-38, would make numbers of products with a hopeless one.
 template <class V>
 KD_INLINE void mend(Pair<V>& x) {
-  const V minus = V::all(-INFINITY), masked = V::all(kMasked), hopeless = V::all(kHopeless), zero = V::all(0);
-  x.lp = select(eq(x.lp, minus), masked, x.lp);
-  x.lq = select(eq(x.lq, minus), masked, x.lq);
-  const mask p_low = lt(x.lp, hopeless), q_low = lt(x.lq, hopeless), both = p_low & q_low;
-  x.p = select(p_low, select(both, x.p, zero), x.p);
-  x.q = select(q_low, select(both, x.q, zero), x.q);
-  x.lp = select(both, masked, x.lp);
-  x.lq = select(both, masked, x.lq);
+  const V masked = V::all(kMasked), hopeless = V::all(kHopeless);
+  x.lp = select(lt(x.lp, hopeless), masked, x.lp);
+  x.lq = select(lt(x.lq, hopeless), masked, x.lq);
 }
 
 template <bool kCareful, class V>
