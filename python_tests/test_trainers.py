@@ -102,6 +102,20 @@ def test_a_packed_document_never_sees_its_neighbour(words: Any) -> None:
     torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
 
 
+def test_begin_of_text_is_kept_where_the_tokeniser_sets_it(words: Any) -> None:
+    from tokenizers import processors
+
+    plain = next(iter(data.tokenise(["the river"], words, 7)))
+    marked = tiny.tokenizer()
+    marked.bos_token = "<|end|>"
+    assert next(iter(data.tokenise(["the river"], marked, 7))).tolist() == plain.tolist()
+    marked.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|end|> $A", special_tokens=[("<|end|>", marked.bos_token_id)]
+    )
+    assert next(iter(data.tokenise(["the river"], marked, 7))).tolist() == [marked.bos_token_id, *plain.tolist()]
+    assert plain[-1] == 7
+
+
 def test_held_out_split_is_by_document_and_seed() -> None:
     documents = [np.full(n, i, np.int32) for i, n in enumerate([5, 50, 8, 7, 9, 30, 6, 5, 4, 6])]
     for seed in range(5):

@@ -2,8 +2,9 @@
 
 Documents lie end to end, each closed by the end-of-text token, and blocks are cut every `length` tokens: nothing is
 padded but the last block of a domain. In a block every document starts again at position 0, so that attention cannot
-cross a boundary (transformers derives the block-diagonal mask from `position_ids` where no attention mask is given),
-and a document's first token carries the label -100: nobody is asked to predict it from the text before.
+cross a boundary: transformers derives the block-diagonal mask from `position_ids` where no attention mask is given
+(models without positions, such as state-space ones, do see the text before). A document's first token carries the
+label -100: nobody is asked to predict it from the text before.
 """
 
 from __future__ import annotations
@@ -68,22 +69,24 @@ class Blocks:
 
 
 def tokenise(documents: Iterable[str], tokenizer: Any, end: int) -> Iterator[npt.NDArray[np.int32]]:
-    """Each document's ids with `end` at its close; no other special token is added."""
+    """Each document's ids, with `end` at its close, and with the begin-of-text token where the tokeniser sets one."""
+    begin = tokenizer.bos_token_id
+    start = [begin] if begin is not None and tokenizer("a")["input_ids"][:1] == [begin] else []
     batch: list[str] = []
     for text in documents:
         batch.append(text)
         if len(batch) == _BATCH:
-            yield from _encode(batch, tokenizer, end)
+            yield from _encode(batch, tokenizer, start, end)
             batch = []
     if batch:
-        yield from _encode(batch, tokenizer, end)
+        yield from _encode(batch, tokenizer, start, end)
 
 
-def _encode(batch: list[str], tokenizer: Any, end: int) -> Iterator[npt.NDArray[np.int32]]:
+def _encode(batch: list[str], tokenizer: Any, start: list[int], end: int) -> Iterator[npt.NDArray[np.int32]]:
     # `verbose=False`: a document longer than the model's context is what packing is for, not worth a warning.
     encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)
     for ids in encoded["input_ids"]:
-        yield np.asarray([*ids, end], dtype=np.int32)
+        yield np.asarray([*start, *ids, end], dtype=np.int32)
 
 
 def pack(documents: list[npt.NDArray[np.int32]], length: int, pad: int) -> Blocks:

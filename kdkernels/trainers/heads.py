@@ -8,6 +8,7 @@ listed is an error and never a slightly different loss.
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -85,9 +86,16 @@ def _transform(config: Any) -> tuple[float | None, float | None]:
 
 def hidden_states(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Last hidden states [B, L, H] of the base model; no logits are built, no cache is kept."""
-    out = model.base_model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+    base = model.base_model
+    wanted = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+    out = base(**{name: value for name, value in wanted.items() if _takes(base.forward, name)})
     states: torch.Tensor = out.last_hidden_state
     return states
+
+
+def _takes(forward: Any, name: str) -> bool:
+    parameters = inspect.signature(forward).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 @torch.no_grad()
@@ -97,7 +105,7 @@ def check_head(model: Any, head: Head, role: str, device: torch.device) -> None:
     batch = {"input_ids": ids, "position_ids": torch.arange(8, device=device).unsqueeze(0)}
     training = model.training
     model.eval()
-    own = model(**batch, use_cache=False).logits.double()
+    own = model(input_ids=ids).logits.double()
     hidden = hidden_states(model, batch)
     model.train(training)
     ours = hidden.double() @ head.weight.double().T

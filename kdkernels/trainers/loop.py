@@ -15,7 +15,7 @@ from kdkernels.trainers.checkpoint import write_json
 from kdkernels.trainers.config import DistillConfig
 from kdkernels.trainers.models import load_model, load_tokenizer
 from kdkernels.trainers.run import Run
-from kdkernels.trainers.setup import build, check_output
+from kdkernels.trainers.setup import build, check_output, saved_dtype
 from kdkernels.trainers.signals import StopSignals
 
 
@@ -57,7 +57,7 @@ def distill(
         if finished.is_file():
             summary = json.loads(finished.read_text(encoding="utf-8"))
             where = str(output / "student")
-            kept = load_model("student", where, torch.float32).eval()
+            kept = load_model("student", where, saved_dtype(config)).eval()
             return DistillResult(kept, load_tokenizer("student", where), output, summary)
         random.seed(config.seed)
         np.random.seed(config.seed % 2**32)

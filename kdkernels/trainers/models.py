@@ -147,6 +147,8 @@ def student_from_layers(teacher: Any, keep: list[int]) -> Any:
             new = f"{stacks[0]}.{place[number]}.{rest}"
         weights[new] = value.float() if value.is_floating_point() else value
     student.load_state_dict(weights)
+    if getattr(teacher, "generation_config", None) is not None:
+        student.generation_config = copy.deepcopy(teacher.generation_config)
     return student
 
 

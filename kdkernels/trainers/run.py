@@ -19,7 +19,7 @@ from kdkernels.trainers.config import DistillConfig
 from kdkernels.trainers.heldout import measure
 from kdkernels.trainers.logbook import Logbook, peak_rss_mib
 from kdkernels.trainers.optim import build_optimizer, learning_rate
-from kdkernels.trainers.setup import Setup, save_student
+from kdkernels.trainers.setup import Setup, save_student, saved_dtype
 from kdkernels.trainers.signals import Interrupted, StopSignals
 
 Scores = dict[str, dict[str, float]]
@@ -107,6 +107,7 @@ class Run:
                     bar.set_postfix(self._log_step(), refresh=False)
                 if config.save_every and self.step % config.save_every == 0:
                     self._save()
+        self.student.to(saved_dtype(config))  # what is scored is what is saved; a second cast changes nothing
         after = self._evaluate()
         if after is None:
             self._leave()
@@ -209,7 +210,7 @@ class Run:
 
     def _finish(self, after: Scores) -> dict[str, Any]:
         """Save the student and the summary; the checkpoints, needed no more, go."""
-        where = save_student(self.objective, self.tokenizer, self.output)
+        where = save_student(self.student, self.tokenizer, self.output)
         config = self.config
         summary = {
             "teacher": config.teacher,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from kdkernels.trainers.models import (
     layers_of,
     load_model,
     load_tokenizer,
+    quiet,
     same_tokenizer,
     student_from_layers,
 )
@@ -131,17 +133,19 @@ def _same_run(config: DistillConfig, begun: Path) -> None:
             )
 
 
-def save_student(objective: Objective, tokenizer: Any, output: Path) -> Path:
-    """Write `output/student` in transformers' format, whole or not at all; the student is cast to the saved dtype."""
-    import shutil
+def saved_dtype(config: DistillConfig) -> torch.dtype:
+    """The dtype in which the student is saved (and scored at the end)."""
+    if config.save_dtype == "auto":
+        return torch.bfloat16 if config.bf16 else torch.float32
+    dtype: torch.dtype = getattr(torch, config.save_dtype)
+    return dtype
 
-    from kdkernels.trainers.models import quiet
 
-    name = objective.config.save_dtype
-    dtype = objective.dtype if name == "auto" else getattr(torch, name)
+def save_student(student: Any, tokenizer: Any, output: Path) -> Path:
+    """Write `output/student` in transformers' format, whole or not at all."""
     target, temporary = output / "student", output / f".student.{os.getpid()}.tmp"
     with quiet():
-        objective.student.to(dtype).save_pretrained(temporary)
+        student.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
     if target.exists():
         shutil.rmtree(target)
