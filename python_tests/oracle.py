@@ -166,6 +166,8 @@ def loss_tolerance(dtype: torch.dtype) -> float:
 def gradient_tolerance(call: Call) -> float:
     """Of the natural scale. Logits made by a GEMM carry its rounding errors, a few eps each."""
     tolerance = 5e-6 if call.divergence.name == "total_variation" else 1e-6
+    if call.divergence == kd.AlphaBeta(0.0, 0.0):
+        tolerance *= 3  # its gradient is log q - log p, with the rounding errors of logarithms of size 400 at T = .05
     if not isinstance(call.student, Tensor) or not isinstance(call.teacher, Tensor):
         tolerance *= 3
     return tolerance * 1e-5 if call.student.dtype == torch.float64 else tolerance
