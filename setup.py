@@ -21,7 +21,8 @@ class BuildNative(build_ext):
     """Builds both shared objects in one parallel run, outside setuptools' one-source-at-a-time compiler."""
 
     def build_extensions(self) -> None:
-        folder = Path(self.build_temp).resolve() / "native"
+        # Not setuptools' build_temp: that is a fresh folder for every editable install, and this one is incremental.
+        folder = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
         outputs = {ext.name: Path(self.get_ext_fullpath(ext.name)).resolve() for ext in self.extensions}
         native.build(ROOT, folder, self.distribution.get_version(), chosen, outputs)
 
