@@ -198,6 +198,7 @@ def test_triton_interpreter_computes_the_same_function(divergence, interpreted):
     assert_float32(interpreted[label(divergence)], divergence, *mixed_rows(torch.float32))
 
 
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.parametrize("capability", [80, 90])
 @each_name
 def test_triton_compiles_without_a_gpu(name, capability):
