@@ -215,7 +215,11 @@ inline void store_block(kd_dtype dtype, const float* from, char* row, int64_t fi
 
 // d loss / d logit to d loss / d stored number: z = cap * tanh(scale * (x + bias) / cap).
 KD_NOINLINE inline void chain_rule(const Source& s, const float* z, float* gradient, int n) {
-  const float over = s.cap == 0.0f ? 0.0f : 1.0f / s.cap;
+  if (s.cap == 0.0f) {  // by itself: below, a masked logit would make 0 * inf
+    for (int i = 0; i < n; ++i) gradient[i] *= s.scale;
+    return;
+  }
+  const float over = 1.0f / s.cap;
   for (int i = 0; i < n; ++i) {
     const float t = z[i] * over;
     gradient[i] *= s.scale * (1.0f - t * t);
