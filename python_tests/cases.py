@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import golden
 import torch
 from torch import Tensor
 
@@ -34,7 +35,7 @@ DIVERGENCES = (
     kd.AdaptiveKL(),
     kd.AdaptiveKL(mu=0.9),
 )
-ONE_OF_EACH = tuple(kd.divergences.get(name) for name in kd.divergences.names())
+ONE_OF_EACH = tuple(kd.divergences.get(name) for name in golden.NAMES)
 
 
 class Noise:

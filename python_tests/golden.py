@@ -19,6 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
+NAMES = (
+    "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "alpha_beta", "adaptive_kl",
+)  # fmt: skip
+"""The divergences that have a textbook formula here."""
+
 MASKED = -1e4
 """Log-probability of a masked entry: -inf, or hopeless."""
 

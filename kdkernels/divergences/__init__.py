@@ -11,7 +11,7 @@ d lq_v / d z_u = (1[u = v] - q_u) / T,
     dD / dz_v = (grad_v - q_v G) / T,  G = sum_v grad_v,
 
 so a kernel needs two numbers a row, `D` and `G`, and every weight, mask and reduction is a factor per row.
-Adding `c (q - p)` to a term changes neither D nor the gradient, as both distributions sum to one. The terms here use
+Adding `c (q - p)` to a term changes neither D nor the gradient, as both distributions sum to one. The KL-like terms use
 that freedom: each is >= 0 and of second order in `lp - lq`, which keeps three digits of a loss of 1e-7 nats in float32.
 
 One file per divergence in this folder, found by name. README, "Add a divergence", has the steps.
