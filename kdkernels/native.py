@@ -58,7 +58,7 @@ def _load() -> _State:
             "To build them: pip install . (in a source tree: pip install -e . --no-build-isolation)"
         )
     try:
-        torch.ops.load_library(str(LIBRARY))  # type: ignore[no-untyped-call]
+        torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return _State(
             f"{LIBRARY} does not load with torch {torch.__version__}: {error}. "
