@@ -78,9 +78,9 @@ def test_limits_run_as_what_they_are(divergence, kernel):
     assert kernel.name == "adaptive_kl" or divergences.elements(kernel.name).name == kernel.name
 
 
-@pytest.mark.parametrize("value", [0.04, -0.5, 1e-9])
+@pytest.mark.parametrize("value", [0.04, -0.5, 1e-9, 101])
 def test_alpha_beta_is_zero_or_at_least_a_twentieth(value):
-    with pytest.raises(ValueError, match=r"AlphaBeta: beta is .*; allowed: 0, or 0.05 <= beta and finite. .*use 0"):
+    with pytest.raises(ValueError, match=r"AlphaBeta: beta is .*; allowed: 0, or 0.05 <= beta <= 100. .*use 0"):
         kd.AlphaBeta(0.2, value)
     kd.AlphaBeta(0.05, 0)
 

@@ -8,21 +8,21 @@ from torch import Tensor
 
 from kdkernels.divergences._base import Divergence, Elements, Kernel, parameter, tl
 
-_REMEDY = "below 0.05 float32 loses the digits: use 0, which takes the limit, or at least 0.05"
+_REMEDY = "below 0.05 float32 loses the digits: use 0, which takes the limit; above 100 its powers overflow"
 
 
 @dataclass(frozen=True)
 class AlphaBeta(Divergence):
     """-1/(ab) sum [p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)] for a = alpha, b = beta (ABKD, arXiv 2505.04560).
 
-    Each of `alpha` and `beta` is 0 or at least 0.05; at 0 the limits below are taken. (1, 0) is forward KL and (0, 1)
+    Each of `alpha` and `beta` is 0 or in [0.05, 100]; at 0 the limits below are taken. (1, 0) is forward KL and (0, 1)
     reverse KL (both run as such), (1/2, 1/2) four times the squared Hellinger distance, (1, 1) half the squared L2
     distance.
     """
 
     name = "alpha_beta"
-    alpha: float = parameter(0.2, low=0.05, or_zero=True, remedy=_REMEDY)
-    beta: float = parameter(0.7, low=0.05, or_zero=True, remedy=_REMEDY)
+    alpha: float = parameter(0.2, low=0.05, high=100, or_zero=True, remedy=_REMEDY)
+    beta: float = parameter(0.7, low=0.05, high=100, or_zero=True, remedy=_REMEDY)
 
     def kernel(self) -> Kernel:
         known = {(1.0, 0.0): Kernel("forward_kl"), (0.0, 1.0): Kernel("reverse_kl")}
