@@ -59,6 +59,7 @@ quick: $(VENV)/.installed
 	$(PYTEST) -m "not slow and $(SUFFICIENT)"
 
 soak: $(VENV)/.installed
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m build_tools.sanitize thread
 	$(PYTEST) -m "soak"
 
 demo: $(VENV)/.demo
