@@ -29,7 +29,10 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     parser = _parser()
-    arguments = parser.parse_args(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and arguments.command != "bench":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.rest = rest
     try:
         return int(arguments.run(arguments))
     except UserError as error:
@@ -53,7 +56,6 @@ def _parser() -> argparse.ArgumentParser:
     _add_options(distill)
     distill.set_defaults(run=_distill)
     bench = commands.add_parser("bench", help="run the benchmarks of a checkout", add_help=False)
-    bench.add_argument("rest", nargs=argparse.REMAINDER, help="arguments of the benchmarks")
     bench.set_defaults(run=_bench)
     return parser
 
@@ -99,7 +101,7 @@ def _info(arguments: argparse.Namespace) -> int:
 def _distill(arguments: argparse.Namespace) -> int:
     from kdkernels.trainers.config import config_from, read_config_file
 
-    given = {k: v for k, v in vars(arguments).items() if k not in ("command", "run", "config", "quiet")}
+    given = {k: v for k, v in vars(arguments).items() if k not in ("command", "run", "rest", "config", "quiet")}
     for name in ("domain", "divergence_args"):
         if name in given:
             given[name] = _pairs(name, given[name])

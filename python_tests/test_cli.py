@@ -254,6 +254,14 @@ def test_info_prints_backends(capsys: pytest.CaptureFixture[str]) -> None:
     assert isinstance(json.loads(capsys.readouterr().out), dict)
 
 
+def test_bench_hands_its_arguments_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr("runpy.run_module", lambda name, **_: seen.append([name, *sys.argv[1:]]))
+    monkeypatch.setattr(sys, "argv", ["kdkernels"])
+    assert cli.main(["bench", "--quick", "dense", "--help"]) == 0
+    assert seen == [["benchmarks.run", "--quick", "dense", "--help"]]
+
+
 def test_bench_outside_a_checkout_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     here = cli.__file__
     try:
