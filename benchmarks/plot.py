@@ -19,6 +19,10 @@ COLOURS = {
 """Package -> colour; also the order of the bars."""
 
 
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _bars(axes: Any, groups: list[tuple[str, dict[str, float]]], unit: str) -> None:
     """Horizontal bars in groups, logarithmic, the value written at each bar's end."""
     y, ticks, seen = 0.0, [], set()
@@ -26,14 +30,17 @@ def _bars(axes: Any, groups: list[tuple[str, dict[str, float]]], unit: str) -> N
         first = y
         for name in [name for name in COLOURS if name in values]:
             axes.barh(y, values[name], height=0.8, color=COLOURS[name], label=None if name in seen else name)
-            axes.text(values[name] * 1.04, y, f"{values[name]:.3g}", va="center", fontsize=6.5)
+            axes.text(values[name] * 1.04, y, _short(values[name]), va="center", fontsize=6.5)
             seen.add(name)
             y += 1
         ticks.append(((first + y - 1) / 2, label))
         y += 0.8
     axes.set_yticks([t for t, _ in ticks], [label for _, label in ticks], fontsize=8)
     axes.invert_yaxis()
+    axes.margins(y=0.02)
     axes.set_xscale("log")
+    every = [value for _, values in groups for value in values.values()]
+    axes.set_xlim(0.6 * min(every), 1.8 * max(every))  # room for the numbers
     axes.set_xlabel(unit, fontsize=8)
     axes.tick_params(axis="x", labelsize=7)
     for side in ("top", "right"):

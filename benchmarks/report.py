@@ -87,18 +87,25 @@ def times_table(
 
 
 def memory_table(found: dict[str, Any]) -> str:
-    """Peak extra memory with the default allocator: MiB and logits tensors, contestants as columns."""
-    entries = [e for e in found.get("memory", []) if e["allocator"] == "default" and "error" not in e]
-    names = list(dict.fromkeys(e["contestant"] for e in entries))
-    cases = list(dict.fromkeys(e["case"] for e in entries))
-    by = {(e["case"], e["contestant"]): e for e in entries}
+    """Peak extra memory with the default allocator: MiB and logits tensors; of each package the leanest variant."""
+    columns = ["ours:inplace", "ours", "compile", "eager", "torchtune", "liger", "trl"]
+    by: dict[str, dict[str, dict[str, Any]]] = {}
+    for entry in found.get("memory", []):
+        if entry["allocator"] == "default" and "error" not in entry:
+            name = entry["contestant"]
+            column = name if name in columns else name.split(":")[0]
+            row = by.setdefault(entry["case"], {})
+            row[column] = min(row.get(column, entry), entry, key=lambda e: e["extra_mib"])
 
-    def cell(case: str, name: str) -> str:
-        entry = by.get((case, name))
-        return "–" if entry is None else f"{entry['extra_mib']:.0f} ({entry['logits_tensors']:.2g})"
+    def cell(entry: dict[str, Any] | None) -> str:
+        if entry is None:
+            return "–"
+        mib = f"{entry['extra_mib']:.0f}" if entry["extra_mib"] >= 10 else f"{entry['extra_mib']:.1f}"
+        return f"{mib} ({entry['logits_tensors']:.2g})"
 
-    rows = [[case, *(cell(case, name) for name in names)] for case in cases]
-    return table(["peak extra MiB (logits tensors)", *names], rows)
+    rows = [[case, *(cell(row.get(column)) for column in columns)] for case, row in by.items()]
+    titles = ["ours, in place", "ours", "torch.compile", "eager", "torchtune", "Liger", "TRL"]
+    return table(["peak extra MiB (logits tensors)", *titles], rows)
 
 
 def error_table(found: dict[str, Any]) -> str:
