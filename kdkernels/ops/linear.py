@@ -236,8 +236,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.mark_non_differentiable(*output[1:])
     ctx.per_row = inputs[-5]
     if ctx.per_row:
-        ctx.tensors = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
-        ctx.options = [None if isinstance(x, Tensor) else x for x in inputs]
+        # a teacher's inference tensors cannot be saved for backward, nor change before it
+        ctx.tensors = [i for i, x in enumerate(inputs) if isinstance(x, Tensor) and not x.is_inference()]
+        ctx.options = [None if i in ctx.tensors else x for i, x in enumerate(inputs)]
         ctx.save_for_backward(*(inputs[i] for i in ctx.tensors))
     else:
         ctx.wanted = Wanted(*inputs[-4:-1])
