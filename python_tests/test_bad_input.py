@@ -3,9 +3,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +11,7 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
+from kdkernels import _checks
 
 V = 11
 
@@ -234,10 +232,10 @@ def test_a_changed_divergence_is_not_served_by_old_kernels(monkeypatch: pytest.M
         loss(backend="cpp")
 
 
-def test_values_are_checked_on_demand() -> None:
+def test_values_are_checked_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
     """KDKERNELS_CHECK is off by default, where a GPU must not be looked at; here it only has to be read."""
-    code = "from kdkernels._checks import values_checked; print(values_checked())"
-    for value, expected in (("", "False"), ("0", "False"), ("1", "True")):
-        env = {**os.environ, "KDKERNELS_CHECK": value}
-        ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-        assert ran.stdout.strip() == expected
+    for value, expected in (("", False), ("0", False), ("1", True)):
+        monkeypatch.setenv("KDKERNELS_CHECK", value)
+        assert _checks.values_checked() is expected
+    monkeypatch.delenv("KDKERNELS_CHECK")
+    assert not _checks.values_checked()
