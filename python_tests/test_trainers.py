@@ -205,6 +205,20 @@ def test_an_unknown_logit_transform_is_an_error() -> None:
         heads.check_head(model, heads.head_of(model, "teacher"), "teacher", torch.device("cpu"))
 
 
+def test_a_gguf_file_is_a_teacher(place: Path, tmp_path: Path, words: Any) -> None:
+    pytest.importorskip("accelerate")
+    teacher = tiny.llama(4, initializer_range=0.2)
+    file = tiny.write_gguf(teacher, words, tmp_path / "teacher.gguf")
+    loaded = models.load_model("teacher", str(file), torch.float32)
+    ids = torch.arange(12)[None]
+    torch.testing.assert_close(loaded(ids).logits, teacher(ids).logits, rtol=1e-4, atol=1e-4)
+    ours = models.load_tokenizer("teacher", str(file))
+    assert ours("the river ran")["input_ids"] == words("the river ran")["input_ids"]
+    options = config(place, tmp_path / "run", teacher=str(file), student="every:2", tokenizer=str(place / "teacher"))
+    after = distill(options, progress=False).summary["after"]
+    assert all(score["kl"] > 0 for score in after.values())
+
+
 def test_a_student_of_every_layer_is_the_teacher() -> None:
     teacher = tiny.llama(4, tie_word_embeddings=False)
     ids = torch.arange(10)[None]

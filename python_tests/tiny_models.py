@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import subprocess
 import sys
@@ -28,8 +29,6 @@ def write_corpus(folder: Path, documents: int = 12) -> Path:
         (folder / domain).mkdir(parents=True)
         texts = ["\n".join(sentences(domain, 12, seed)) for seed in range(documents)]
         if domain == "lists":
-            import json
-
             lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
             (folder / domain / "all.jsonl").write_text(lines, encoding="utf-8")
             continue
@@ -87,3 +86,43 @@ def command(*arguments: object, **options: Any) -> subprocess.CompletedProcess[s
     """Run `kdkernels ARGUMENTS` as a user would."""
     line = [sys.executable, "-m", "kdkernels", *map(str, arguments)]
     return subprocess.run(line, capture_output=True, text=True, timeout=300, check=False, **options)
+
+
+def write_gguf(model: Any, words: Any, path: Path) -> Path:
+    """A Llama (and its tokeniser) as a GGUF file in float32, laid out as llama.cpp's converter does."""
+    gguf = pytest.importorskip("gguf")
+    config = model.config
+    file = gguf.GGUFWriter(path, "llama")
+    file.add_block_count(config.num_hidden_layers)
+    file.add_context_length(config.max_position_embeddings)
+    file.add_embedding_length(config.hidden_size)
+    file.add_feed_forward_length(config.intermediate_size)
+    file.add_head_count(config.num_attention_heads)
+    file.add_head_count_kv(config.num_key_value_heads)
+    file.add_layer_norm_rms_eps(config.rms_norm_eps)
+    file.add_rope_freq_base(10000.0)
+    file.add_vocab_size(config.vocab_size)
+    tokens = [token for token, _ in sorted(words.get_vocab().items(), key=lambda item: item[1])]
+    tokens += [f"<|unused{i}|>" for i in range(config.vocab_size - len(tokens))]
+    merges = json.loads(words.backend_tokenizer.to_str())["model"]["merges"]
+    file.add_tokenizer_model("gpt2")
+    file.add_token_list(tokens)
+    file.add_token_types([gguf.TokenType.NORMAL] * len(tokens))
+    file.add_token_merges([" ".join(pair) for pair in merges])
+    for add in (file.add_eos_token_id, file.add_bos_token_id, file.add_pad_token_id):
+        add(words.eos_token_id)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for key, value in model.state_dict().items():
+        if key == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        stem, _, suffix = key.rpartition(".")
+        array = value.detach().float().numpy()
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(stem.split(".")[-1])
+        if heads:  # llama.cpp keeps the rotary pairs side by side
+            array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+        file.add_tensor(f"{names.get_name(stem)}.{suffix}", array.copy())
+    file.write_header_to_file()
+    file.write_kv_data_to_file()
+    file.write_tensors_to_file()
+    file.close()
+    return path
