@@ -17,7 +17,8 @@ def require_finite_number(name: str, value: Any, *, optional: bool = False) -> N
     """Reject what is not a finite int or float (bool and NaN included)."""
     if value is None and optional:
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    # not math.isfinite: torch.compile(dynamic=True) turns numbers into symbols, which only comparisons can take
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -math.inf < value < math.inf:
         fail(ValueError, name, repr(value), "a finite number" + (" or None" if optional else ""))
 
 
