@@ -19,7 +19,7 @@ from typing import Any
 
 from kdkernels.errors import UserError
 
-STUDENT = "every:3"
+STUDENT = "every:2"
 OPTIONS: dict[str, str] = {
     "block-size": "256",
     "batch-size": "4",
@@ -185,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--teacher", help="another teacher (folder)")
     parser.add_argument("--text", help="other text (folder with one domain per subfolder)")
-    parser.add_argument("--layer-tokens", type=int, default=1024, help="tokens of the loss-layer measurement")
+    parser.add_argument("--layer-tokens", type=int, default=2048, help="tokens of the loss-layer measurement")
     parser.add_argument("--float32", dest="precision", action="store_const", const="--no-bf16", default="--bf16")
     arguments = parser.parse_args(argv)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is on this disk

@@ -228,6 +228,8 @@ def test_a_student_of_every_layer_is_the_teacher() -> None:
     assert half.config.num_hidden_layers == 2
     assert torch.equal(half.model.layers[1].mlp.up_proj.weight, teacher.model.layers[3].mlp.up_proj.weight)
     assert models.layers_of("every:3", 10) == [0, 3, 6, 9]
+    assert models.layers_of("every:2", 30) == [0, 2, 4, 6, 8, 10, 12, 14, 17, 19, 21, 23, 25, 27, 29]
+    assert models.layers_of("every:4", 4) == [0]
     assert models.layers_of("layers:0,2", 4) == [0, 2]
     assert models.layers_of("some/name", 4) is None
     for wrong in ("every:0", "every:x", "layers:2,1", "layers:4"):

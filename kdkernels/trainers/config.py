@@ -45,8 +45,8 @@ class DistillConfig:
     teacher: str = _option("", "teacher: a folder, a .gguf file, or a name that transformers knows")
     student: str = _option(
         "",
-        "student: a folder or a name; `every:K` makes it from every K-th layer of the teacher, "
-        "`layers:0,4,9` from those layers",
+        "student: a folder or a name; `every:K` makes it from one in K of the teacher's layers, first and last "
+        "included, `layers:0,4,9` from those layers",
     )
     tokenizer: str = _option("", "tokenizer: a folder or a name (default: the student's, else the teacher's)")
     output: str = _option("runs/distill", "folder of the run: student, metrics, checkpoints", free=True)

