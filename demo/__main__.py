@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -22,14 +23,14 @@ from kdkernels.errors import UserError
 STUDENT = "every:2"
 OPTIONS: dict[str, str] = {
     "block-size": "256",
-    "batch-size": "4",
+    "batch-size": "2",
     "mix": "equal",
-    "lr": "1e-3",
-    "warmup": "5",
+    "lr": "2e-3",
+    "warmup": "8",
     "min-lr": "0.1",
-    "eval-blocks": "16",
-    "log-every": "2",
-    "save-every": "25",
+    "eval-blocks": "12",
+    "log-every": "4",
+    "save-every": "40",
     "keep": "1",
 }
 
@@ -74,7 +75,7 @@ class Demo:
         line = [sys.executable, "-m", "kdkernels", "distill", "--resume", self.arguments.precision]
         line += [part for name, value in options.items() for part in (f"--{name}", value) if part]
         print("  $ kdkernels " + " ".join(line[3:]), flush=True)
-        status = subprocess.run(line, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"}).returncode
+        status = _wait(subprocess.Popen(line, env={**os.environ, "HF_HUB_OFFLINE": "1"}))
         if status:
             raise SystemExit(status)
 
@@ -143,6 +144,17 @@ class Demo:
         }
 
 
+def _wait(process: subprocess.Popen[bytes]) -> int:
+    """The exit status of `process`; it gets our SIGTERM too (Ctrl-C reaches it by itself), and time to save."""
+    before = signal.signal(signal.SIGTERM, lambda signum, _: process.send_signal(signum))
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        return process.wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def write(path: Path, value: dict[str, Any]) -> None:
     """A JSON file, atomically."""
     from kdkernels.trainers.checkpoint import write_json
@@ -180,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the demo; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m demo", description="Distil SmolLM2-135M on this machine's CPU.")
     parser.add_argument("--output", default="runs/demo", help="folder for everything the demo makes")
-    parser.add_argument("--steps", type=int, default=60, help="optimiser steps of either run")
+    parser.add_argument("--steps", type=int, default=120, help="optimiser steps of either run")
     parser.add_argument("--student", default=STUDENT, help="which of the teacher's layers the student keeps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--teacher", help="another teacher (folder)")

@@ -31,7 +31,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], subproces
     root = tmp_path_factory.mktemp("demo")
     tiny.write_corpus(root / "text", documents=30)
     tiny.save(tiny.llama(4), root / "teacher")
-    options = ["--teacher", root / "teacher", "--text", root / "text", "--student", "every:2", "--steps", 8]
+    options = ["--teacher", root / "teacher", "--text", root / "text", "--student", "every:2", "--steps", 16]
     arguments = ["--output", root / "out", *options, "--layer-tokens", 64]
     return arguments, demo(*arguments)
 
