@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import checks, inputs, registry, rivals
+from benchmarks import checks, inputs, machine, registry, rivals
 from benchmarks.floors import Floors
 from benchmarks.rivals import ours
 from benchmarks.runner import Runner, flush
@@ -85,10 +85,9 @@ def test_time(case: Case, benchmark: Any, request: pytest.FixtureRequest) -> Non
     errors = _warm(runners, out, alternation, given)
     for name in alternation.samplers.keys() - runners.keys():
         alternation.warm_up(name)
+    disturbance = machine.Disturbance()
     benchmark.pedantic(alternation.round, rounds=alternation.rounds_needed, iterations=1)
-    benchmark.extra_info.update(
-        case=case.id, seconds=alternation.medians, errors=errors, out=out,
-        sources={name: runner.contestant.source for name, runner in runners.items()},
-    )  # fmt: skip
+    benchmark.extra_info.update(case=case.id, seconds=alternation.medians, errors=errors, out=out)
+    benchmark.extra_info["disturbance"] = disturbance.shares()
     failed = {name: why for name, why in out.items() if name.startswith("ours")}
     assert not failed, f"no time is reported for a loss that is wrong: {failed}"

@@ -49,6 +49,7 @@ def timed(case: Case, allocator: str, extra: dict[str, Any]) -> dict[str, Any]:
         },
         "distance_from_eager": extra["errors"],
         "not_timed": extra["out"],
+        "disturbance": extra["disturbance"],
     }
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import golden
@@ -97,6 +100,18 @@ def test_peak_memory_sees_an_allocation() -> None:
     held = torch.ones(block // 4)
     assert block <= machine.peak_bytes() - before < 1.2 * block
     assert held.numel() == block // 4
+
+
+def test_disturbance_sees_other_processes() -> None:
+    quiet = machine.Disturbance()
+    torch.ones(1 << 22).exp().sum()
+    assert 0 <= quiet.shares()["others"] <= 1
+    disturbance = machine.Disturbance()
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+        time.sleep(1.0)
+        shares = disturbance.shares()  # before it is waited for, which would make its time ours
+        other.kill()
+    assert shares["others"] > 0.3 / (os.cpu_count() or 1)
 
 
 def _tiny(op: str, name: str) -> Case:
@@ -194,7 +209,7 @@ def _result() -> dict[str, object]:
     cases = shapes.select(shapes.FULL, "jsd,128256,bf16") + shapes.select(
         shapes.FULL, "dense-forward_kl-fp32-512x128256"
     )
-    time = []
+    timed = []
     for case in cases:
         names = (
             ("ours", "ours:inplace", "eager", "compile", "compile:bf16", "trl:gkd")
@@ -208,7 +223,8 @@ def _result() -> dict[str, object]:
             else {"floor:products": [0.01] * 3}
         )
         extra = {"seconds": seconds | limits, "errors": {}, "out": {"torchtune": "not installed: torchtune"}}
-        time += [results.timed(case, allocator, extra) for allocator in ("default", "MALLOC_MMAP_MAX_=0")]
+        extra["disturbance"] = {"others": 0.0, "stolen": 0.0}
+        timed += [results.timed(case, allocator, extra) for allocator in ("default", "MALLOC_MMAP_MAX_=0")]
     memory = {"case": "dense-jsd-bf16-512x128256", "contestant": "ours:inplace", "extra_mib": 2.0, "outputs_mib": 0.0}
     errors = {
         "dense": [
@@ -223,7 +239,7 @@ def _result() -> dict[str, object]:
         "commit": {"id": "0123456789abcdef", "modified": False},
         "machine": machine.describe(),
         "limits": {"compiler": "cc", **rates},
-        "time": time,
+        "time": timed,
         "memory": [{**memory, "beyond_outputs_mib": 2.0, "logits_tensors": 0.016, "allocator": "default"}],
         "errors": errors,
     }
