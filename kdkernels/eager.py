@@ -45,15 +45,15 @@ def divergence_rows_(
     nll, onehot = _cross_entropy(lq1, weights.labels, ce != 0)
     bad = (_bad_rows(zs) | _bad_rows(zt)) & counts
     loss.copy_(torch.where(bad, torch.nan, _gated(kd, divergence) + _gated(ce, nll)))
+    if stats is not None:  # before the gradient, which may overwrite the logits
+        rows = _statistics(zs, zt, lp, lq, divergence, nll, weights.labels)
+        stats.copy_(torch.where(counts[:, None], torch.where(bad[:, None], torch.nan, rows), 0.0))
     if dlogits is not None:
         dz = _gated(kd[:, None], gradient / spec.temperature)
         dz = dz + _gated(ce[:, None], lq1.exp() - onehot + (nll * 0)[:, None])  # a label out of range: NaN
         dz = torch.where(bad[:, None], torch.nan, dz * _chain(student, zs))
         dlogits[:, : spec.vocab] = torch.where(counts[:, None], dz, 0.0)
         dlogits[:, spec.vocab :] = 0
-    if stats is not None:
-        rows = _statistics(zs, zt, lp, lq, divergence, nll, weights.labels)
-        stats.copy_(torch.where(counts[:, None], torch.where(bad[:, None], torch.nan, rows), 0.0))
 
 
 def _logits(side: Side, vocab: int) -> Tensor:
