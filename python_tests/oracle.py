@@ -243,8 +243,11 @@ def compare_gradients(actual: dict[str, Tensor], rows: golden.Golden, call: Call
         if name in rounded:
             unavoidable = _norm(rounded[name].double() - reference)
             if name in ("hidden", "weight"):  # rows of a product are now lucky, now not: all of it within twice
-                assert error.norm() <= 2 * unavoidable.norm() + tolerance.norm(), f"{name}: {error.norm()}"
-                unavoidable = 2 * unavoidable
+                slack = torch.finfo(call.student.dtype).eps * scale  # each chunk's product is rounded
+                assert error.norm() <= 2 * unavoidable.norm() + (tolerance + slack / 2).norm(), (
+                    f"{name}: {error.norm()}"
+                )
+                unavoidable = unavoidable + slack
             tolerance = tolerance + 2 * unavoidable
             if not isinstance(call.incoming, float) or call.incoming != 1:  # a second rounding; either may be unlucky
                 tolerance = tolerance.maximum(torch.finfo(call.student.dtype).eps * _norm(reference))

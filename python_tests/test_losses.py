@@ -282,6 +282,18 @@ def test_in_place_without_gradient_leaves_the_logits_alone(backend: str) -> None
     assert torch.equal(student, before)
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_statistics_are_of_the_logits_not_of_their_gradient(backend: str, dtype: torch.dtype, inplace: bool) -> None:
+    """Where the gradient overwrites the logits, agreement and accuracy are taken before; here both are 1 somewhere."""
+    student, teacher = pair("near", 7, 129, dtype)
+    labels = student.argmax(-1)
+    labels[0] = (labels[0] + 1) % 129
+    for divergence in ONE_OF_EACH:
+        check(student, teacher, divergence, backend=backend, inplace=inplace, labels=labels, ce_weight=0.5)
+        check(student, teacher, divergence, backend=backend, inplace=inplace, labels=labels, temperature=2.0)
+
+
 def test_top1_ties_go_to_the_lower_id(backend: str) -> None:
     student = torch.zeros(3, 40)
     teacher = torch.zeros(3, 40)
