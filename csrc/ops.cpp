@@ -18,8 +18,9 @@ namespace kd {
 namespace {
 
 constexpr size_t kAlign = 64;  // a cache line, and the widest vector
-constexpr int64_t kGrain =
-    16 * 1024;  // elements below which a second thread costs more than it saves (about 10 us)
+// Elements a thread gets at least. Measured on 2 cores of an AMD EPYC (Zen 5), November 2026, JSD with
+// gradient, fp32: 2 rows of 4096 take 14.6 us on one thread and 12.8 on two, 2 rows of 1024 take 8.4 and 9.6.
+constexpr int64_t kGrain = 4096;
 
 struct Scratch {
   explicit Scratch(size_t bytes) : data(std::aligned_alloc(kAlign, (bytes + kAlign - 1) / kAlign * kAlign)) {}
