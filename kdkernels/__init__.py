@@ -6,6 +6,7 @@
 `distillation_loss` says everything about losses; `explain` says which backend serves a call and why.
 """
 
+from kdkernels import trainers as trainers  # light: torch and transformers come in with the first use
 from kdkernels.divergences import Divergence
 from kdkernels.divergences.adaptive_kl import AdaptiveKL
 from kdkernels.divergences.alpha_beta import AlphaBeta
