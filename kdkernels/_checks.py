@@ -19,7 +19,8 @@ def require_finite_number(name: str, value: Any, *, optional: bool = False) -> N
         return
     # not math.isfinite: torch.compile(dynamic=True) turns numbers into symbols, which only comparisons can take
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not -math.inf < value < math.inf:
-        fail(ValueError, name, repr(value), "a finite number" + (" or None" if optional else ""))
+        remedy = "use .item()" if hasattr(value, "item") else ""
+        fail(ValueError, name, repr(value), "a finite number" + (" or None" if optional else ""), remedy)
 
 
 def require_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

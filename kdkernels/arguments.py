@@ -3,14 +3,47 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from kdkernels._checks import fail, require_choice, require_finite_number, values_checked
+from kdkernels.backends import BACKENDS
 from kdkernels.logits import LinearLogits
 
+_INTEGERS = (int, numbers.Integral, torch.SymInt)
+_REMEDIES = {
+    "chunk_bytes": "None takes 256 MiB",
+    "vocab_size": "None takes the logits' last dimension",
+}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_fixed(
+    temperature: float,
+    temperature_scaling: str,
+    ce_weight: float,
+    kd_weight: float,
+    ignore_index: int,
+    shift: bool,
+    reduction: str,
+    vocab_size: int | None,
+    group: object | None,
+    sparse_mode: str,
+    chunk_bytes: int | None,
+    backend: str,
+    inplace: bool,
+) -> None:
+    """Every option that is the same for all batches, in itself."""
+    check_scalars(temperature, temperature_scaling, kd_weight, ce_weight, chunk_bytes, vocab_size, ignore_index)
+    require_choice("reduction", reduction, ("mean", "sum", "none"))
+    check_later(group, sparse_mode)
+    require_choice("backend", backend, ("auto", *BACKENDS))
+    for name, value in (("shift", shift), ("inplace", inplace)):
+        if not isinstance(value, bool):
+            fail(TypeError, name, repr(value), "True or False")
 
 
 def check_scalars(
@@ -24,16 +57,19 @@ def check_scalars(
 ) -> None:
     """Numbers that are the same for every token."""
     require_finite_number("temperature", temperature)
-    if temperature <= 0:
-        fail(ValueError, "temperature", temperature, "> 0", "1.0 compares the models' own distributions")
+    if not 1e-6 <= temperature <= 1e6:
+        allowed = "> 0, in [1e-6, 1e6]"
+        fail(ValueError, "temperature", temperature, allowed, "1.0 compares the models' own distributions")
     require_choice("temperature_scaling", scaling, ("none", "t2"))
     for name, weight in (("kd_weight", kd_weight), ("ce_weight", ce_weight)):
         require_finite_number(name, weight)
         if weight < 0:
             fail(ValueError, name, weight, ">= 0", "0 leaves that part of the loss out")
+    if kd_weight == 0 and ce_weight == 0:
+        fail(ValueError, "kd_weight, ce_weight", "0, 0", "not both 0", "there would be no loss")
     for name, value in (("chunk_bytes", chunk_bytes), ("vocab_size", vocab_size)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or value <= 0):
-            fail(ValueError, name, repr(value), "an int > 0 or None")
+        if value is not None and (isinstance(value, bool) or not isinstance(value, _INTEGERS) or value <= 0):
+            fail(ValueError, name, repr(value), "an int > 0 or None", _REMEDIES[name])
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, torch.SymInt)):
         remedy = "-100 is what tokenizers' collators write for tokens that do not count"
         fail(ValueError, "ignore_index", repr(ignore_index), "an int", remedy)
@@ -52,7 +88,7 @@ def check_reduction(reduction: str, num_items: int | float | Tensor | None) -> N
             f"None with reduction={reduction!r}",
             "it is the divisor of reduction='mean'",
         )
-    if isinstance(num_items, bool) or not isinstance(num_items, (int, float, torch.SymInt, torch.SymFloat, Tensor)):
+    if isinstance(num_items, bool) or not isinstance(num_items, (*_INTEGERS, float, torch.SymFloat, Tensor)):
         fail(ValueError, "num_items", repr(num_items), "a number or a 0-dim tensor", "count the tokens that count")
     if isinstance(num_items, Tensor):
         if num_items.dim() != 0:
@@ -72,6 +108,8 @@ def check_reduction(reduction: str, num_items: int | float | Tensor | None) -> N
 def check_later(group: object | None, sparse_mode: str) -> None:
     """Arguments whose meaning comes with vocabulary shards and sparse teachers."""
     require_choice("sparse_mode", sparse_mode, ("ghost", "renormalize", "truncate", "sampled"))
+    if sparse_mode != "ghost":
+        fail(ValueError, "sparse_mode", repr(sparse_mode), "'ghost'", "this version has no sparse teachers")
     if group is not None:
         fail(
             ValueError,
@@ -80,6 +118,16 @@ def check_later(group: object | None, sparse_mode: str) -> None:
             "None",
             "this version has no vocabulary shards: gather the logits first",
         )
+
+
+def check_not_forward_mode(student: Tensor | LinearLogits) -> None:
+    """The operators have no forward-mode derivative; without this check their tangent would silently be 0."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    parts = (student,) if isinstance(student, Tensor) else (student.hidden, student.weight, student.bias)
+    if any(part is not None and forward_ad.unpack_dual(part).tangent is not None for part in parts):
+        remedy = "use reverse mode (backward), or write the loss with torch.log_softmax"
+        fail(ValueError, "student", "a dual tensor of forward-mode differentiation", "a plain tensor", remedy)
 
 
 def check_pair(student: Tensor | LinearLogits, teacher: Tensor | LinearLogits, vocab_size: int | None) -> int:

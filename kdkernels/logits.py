@@ -80,6 +80,14 @@ class LinearLogits:
                     "move one of them",
                 )
 
+    def __repr__(self) -> str:
+        """Shapes and dtypes, not numbers."""
+        parts = [f"hidden={_brief(self.hidden)}, weight={_brief(self.weight)}"]
+        if self.bias is not None:
+            parts.append(f"bias={_brief(self.bias)}")
+        parts += [f"{name}={v}" for name in ("softcap", "scale") if (v := getattr(self, name)) is not None]
+        return f"LinearLogits({', '.join(parts)})"
+
     @property
     def vocab_size(self) -> int:
         """V, the number of rows of the head."""
@@ -105,6 +113,10 @@ class LinearLogits:
         return transform(
             torch.nn.functional.linear(self.hidden, self.weight, self.bias), None, self.scale, self.softcap
         )
+
+
+def _brief(x: Tensor) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
 
 
 def transform(x: Tensor, bias: Tensor | None, scale: float | None, softcap: float | None) -> Tensor:

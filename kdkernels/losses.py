@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -17,6 +17,11 @@ from kdkernels.logits import LinearLogits
 from kdkernels.ops.dense import DenseInPlace
 from kdkernels.ops.rows import RowSpec, accumulation_dtype
 from kdkernels.weights import RowWeights, TokenOptions, row_weights
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from kdkernels.options import LossOptions
 
 
 class DistillationStats(NamedTuple):
@@ -48,6 +53,33 @@ class DistillationOutput(NamedTuple):
     stats: DistillationStats
 
 
+@overload
+def distillation_loss(
+    student: Tensor | LinearLogits,
+    teacher: Tensor | LinearLogits,
+    divergence: str | Divergence = ...,
+    *,
+    return_stats: Literal[False] = ...,
+    **options: Unpack[LossOptions],
+) -> Tensor: ...
+@overload
+def distillation_loss(
+    student: Tensor | LinearLogits,
+    teacher: Tensor | LinearLogits,
+    divergence: str | Divergence = ...,
+    *,
+    return_stats: Literal[True],
+    **options: Unpack[LossOptions],
+) -> DistillationOutput: ...
+@overload
+def distillation_loss(
+    student: Tensor | LinearLogits,
+    teacher: Tensor | LinearLogits,
+    divergence: str | Divergence = ...,
+    *,
+    return_stats: bool,
+    **options: Unpack[LossOptions],
+) -> Tensor | DistillationOutput: ...
 def distillation_loss(
     student: Tensor | LinearLogits,
     teacher: Tensor | LinearLogits,
@@ -80,15 +112,17 @@ def distillation_loss(
             requires grad is an error; its head's weight and bias are treated as constants).
         divergence: ``forward_kl``, ``reverse_kl``, ``jsd``, ``skew_kl``, ``skew_reverse_kl``, ``total_variation``,
             ``alpha_beta``, ``adaptive_kl``, or an object such as ``kd.JSD(beta=0.1)``. Natural logarithm.
-        temperature: T > 0; the divergence compares ``softmax(z / T)``. Cross-entropy is always at temperature 1.
+        temperature: T in [1e-6, 1e6]; the divergence compares ``softmax(z / T)``. float32 keeps its six digits from
+            T = 1e-3. Cross-entropy is always at temperature 1.
         temperature_scaling: ``"t2"`` multiplies D by T^2 (Hinton et al. 2015), ``"none"`` does not.
         labels: token ids, integer ``[...]``, for the cross-entropy, and to say which tokens count.
         ce_weight: weight of the cross-entropy, >= 0; needs labels unless 0.
-        kd_weight: weight of the divergence, >= 0.
+        kd_weight: weight of the divergence, >= 0; not 0 together with ``ce_weight``.
         ignore_index: tokens with this label count for nothing, in the divergence too.
         token_weights: weight of each token ``[...]``, >= 0; a token of weight 0 counts for nothing.
         shift: causal language model: position i of the logits is judged by label and weight i + 1; the last position
-            of each sequence and the first label drop out.
+            of each sequence and the first label drop out. Prefer it to ``logits[:, :-1]``, whose rows are not evenly
+            spaced, so that both sides have to be copied.
         reduction: ``"mean"`` over the tokens that count (their number, not the sum of their weights), ``"sum"``, or
             ``"none"``: ``[...]``, one shorter with shift. When no token counts, mean and sum are 0 with zero gradients.
         num_items: divisor for ``"mean"`` instead of the tokens that count here: pass the tokens of the whole
@@ -96,7 +130,7 @@ def distillation_loss(
         vocab_size: entries of the vocabulary that exist; padding beyond them on either side gets no mass and zero
             gradient. Needed where student and teacher differ in padding.
         group: vocabulary shards; not in this version, must be None.
-        sparse_mode: how a sparse teacher is compared; without meaning for the teachers of this version.
+        sparse_mode: how a sparse teacher is compared; not in this version, must be "ghost".
         chunk_bytes: with `LinearLogits`, memory for the logits of one chunk of rows, bytes (default 256 MiB).
         backend: ``"auto"``, ``"eager"``, ``"cpp"``; `explain` says which serves and why.
         inplace: write the gradient over the student's logits, which saves a tensor of their size; they must not be
@@ -113,7 +147,8 @@ def distillation_loss(
             (``KDKERNELS_CHECK=1`` raises on a GPU).
 
     A row whose student or teacher holds NaN or +inf, or nothing but -inf, has a NaN loss and gradient and leaves other
-    rows alone. A -inf logit is a masked entry: it has no mass, and mass on the other side costs log-probability -1e4.
+    rows alone. A -inf logit is a masked entry: it has no mass, and mass on the other side, or a label, costs
+    log-probability -1e4; so does finfo.min (any log-probability below -1e20). Other finite logits are never altered.
     A backward of a retained graph may run again; a second derivative is an error.
 
     Source: Hinton et al. 2015 (arXiv 1503.02531); for each divergence the docstring of its class.
@@ -123,15 +158,16 @@ def distillation_loss(
     )
     arguments.check_reduction(reduction, num_items)
     arguments.check_later(group, sparse_mode)
+    arguments.check_not_forward_mode(student)
     student, teacher = _autocast(student), _autocast(teacher)
     vocab = arguments.check_pair(student, teacher, vocab_size)
     leading = student.shape[:-1]
     arguments.check_tokens(leading, student.device, labels, token_weights, shift, ce_weight)
     options = TokenOptions(
         labels, token_weights, shift, ignore_index, kd_weight, ce_weight, reduction, num_items,
-        temperature**2 if temperature_scaling == "t2" else 1.0,
+        temperature**2 if temperature_scaling == "t2" else 1.0, student.dtype == torch.float16,
     )  # fmt: skip
-    weights, counted = row_weights(options, leading, student.device, accumulation_dtype(student.dtype), vocab)
+    weights, counted, divisor = row_weights(options, leading, student.device, accumulation_dtype(student.dtype), vocab)
     kernel, serving = _resolve(divergence, backend, student.device.type, student.dtype)
     spec = RowSpec(kernel.name, kernel.a, kernel.b, float(temperature), vocab)
     call = _Call(spec, weights, serving, return_stats)
@@ -141,6 +177,8 @@ def distillation_loss(
             loss = loss.sum(dtype=torch.float64).to(loss.dtype)  # independent of the number of threads
     else:
         loss, stats = call.linear(student, teacher, chunk_bytes, reduction == "none")
+    if divisor is not None:
+        loss = loss / divisor
     if reduction == "none":
         loss = _unflatten(loss, leading, shift)
     if not return_stats:
@@ -194,7 +232,7 @@ class _Call:
         moved = rows.untyped_storage().data_ptr() != student.untyped_storage().data_ptr()
         overlapping = rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]
         if rows.numel() and (moved or overlapping):
-            remedy = "pass logits whose rows have unit stride and evenly spaced starts, or inplace=False"
+            remedy = "pass logits with evenly spaced rows (shift=True instead of logits[:, :-1]), or inplace=False"
             fail(
                 ValueError,
                 "inplace",
@@ -213,9 +251,8 @@ class _Call:
         chunk_bytes: int | None,
         per_row: bool,
     ) -> tuple[Tensor, Tensor]:
-        heads = sum(isinstance(side, LinearLogits) for side in (student, teacher))
-        rows = math.prod(student.shape[:-1])
-        chunk = chunk_rows(rows, heads * self.spec.vocab * student.dtype.itemsize, chunk_bytes)
+        rows = math.prod(student.shape[:-1])  # two sides: logits that exist are gathered where not every row counts
+        chunk = chunk_rows(rows, 2 * self.spec.vocab * student.dtype.itemsize, chunk_bytes)
         sources = (_source(student), _source(teacher, detach=True))
         grad = torch.is_grad_enabled()
         needed = [grad and t is not None and t.requires_grad for t in sources[0][:3]]
@@ -250,7 +287,9 @@ def _unflatten(x: Tensor, leading: torch.Size, shift: bool) -> Tensor:
 
 def _autocast(side: Tensor | LinearLogits) -> Tensor | LinearLogits:
     """Under autocast, heads and hidden states in the autocast dtype, as ``F.linear`` would take them."""
-    if not isinstance(side, LinearLogits) or not torch.is_autocast_enabled(side.device.type):
+    if not isinstance(side, LinearLogits) or not torch.amp.is_autocast_available(side.device.type):
+        return side
+    if not torch.is_autocast_enabled(side.device.type):
         return side
     dtype = torch.get_autocast_dtype(side.device.type)
     if side.hidden.dtype == torch.float64:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from kdkernels import divergences
+from kdkernels import arguments, divergences
 from kdkernels.divergences import Divergence
 from kdkernels.logits import LinearLogits
 from kdkernels.losses import DistillationOutput, distillation_loss
+from kdkernels.options import FixedOptions
 
-_PER_CALL = ("student", "teacher", "divergence", "labels", "token_weights", "num_items")
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+_PER_CALL = ("labels", "token_weights", "num_items")
 
 
 class DistillationLoss(nn.Module):
@@ -20,16 +24,23 @@ class DistillationLoss(nn.Module):
 
     Args:
         divergence: name or object.
-        options: every keyword of `kdkernels.distillation_loss` but ``labels``, ``token_weights`` and ``num_items``,
+        return_stats: whether calls return `DistillationOutput` instead of the loss.
+        options: every other keyword of `kdkernels.distillation_loss` but labels, token_weights and num_items,
             which belong to a batch and are given to the call.
 
     Raises:
-        TypeError, ValueError: for unknown options at once, for values as `kdkernels.distillation_loss` does.
+        TypeError, ValueError: at once, for unknown options and for values that no batch could make right.
     """
 
-    def __init__(self, divergence: str | Divergence = "forward_kl", **options: Any) -> None:
+    def __init__(
+        self,
+        divergence: str | Divergence = "forward_kl",
+        *,
+        return_stats: bool = False,
+        **options: Unpack[FixedOptions],
+    ) -> None:
         super().__init__()
-        allowed = set(inspect.signature(distillation_loss).parameters) - set(_PER_CALL)
+        allowed = set(FixedOptions.__annotations__)
         for name in options:
             if name not in allowed:
                 hint = (
@@ -39,6 +50,9 @@ class DistillationLoss(nn.Module):
                 )
                 raise TypeError(f"DistillationLoss has no option {name!r}; {hint}")
         self.divergence = divergences.get(divergence)
+        defaults = {name: p.default for name, p in inspect.signature(distillation_loss).parameters.items()}
+        arguments.check_fixed(**{**{name: defaults[name] for name in FixedOptions.__annotations__}, **options})
+        self.return_stats = return_stats
         self.options = options
 
     def forward(
@@ -58,6 +72,7 @@ class DistillationLoss(nn.Module):
             labels=labels,
             token_weights=token_weights,
             num_items=num_items,
+            return_stats=self.return_stats,
             **self.options,
         )
 

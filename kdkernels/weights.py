@@ -36,11 +36,12 @@ class TokenOptions:
     reduction: str
     num_items: int | float | Tensor | None
     kd_factor: float  # T^2 with temperature_scaling="t2", else 1
+    divide_last: bool  # the mean's divisor stays out of the row weights: a float16 gradient over 10^4 tokens is all 0
 
 
 def row_weights(
     options: TokenOptions, leading: torch.Size, device: torch.device, dtype: torch.dtype, vocab: int
-) -> tuple[RowWeights, Tensor]:
+) -> tuple[RowWeights, Tensor, Tensor | None]:
     """Weights of the N = prod(leading) rows, and which of them count.
 
     Args:
@@ -51,8 +52,9 @@ def row_weights(
         vocab: entries of the vocabulary; labels must be below it.
 
     Returns:
-        `RowWeights` and a bool tensor ``[N]``. Where the device allows no look at values (GPU, torch.compile), a
-        negative or NaN weight becomes NaN and a label out of range is left to the kernel, which makes the row NaN.
+        `RowWeights`, a bool tensor ``[N]``, and the divisor that is still to be applied to the sum of the losses (None
+        where the weights hold it). Where the device allows no look at values (GPU, torch.compile), a negative or NaN
+        weight becomes NaN and a label out of range is left to the kernel, which makes the row NaN.
     """
     labels = (
         None if options.labels is None else _next_token(options.labels.to(torch.int64), options, options.ignore_index)
@@ -69,11 +71,12 @@ def row_weights(
     row = counted.to(dtype)
     if weight is not None:
         row = torch.where(counted, torch.where(weight > 0, weight, torch.nan), 0.0)
-    if options.reduction == "mean":
-        row = row / _denominator(options.num_items, counted, dtype)
+    divisor = _denominator(options.num_items, counted, dtype) if options.reduction == "mean" else None
+    if divisor is not None and not options.divide_last:
+        row, divisor = row / divisor, None
     kd = (row * (options.kd_weight * options.kd_factor)).reshape(-1)
     ce = (row * options.ce_weight).reshape(-1) if options.ce_weight != 0 else None
-    return RowWeights(kd, ce, None if labels is None else labels.reshape(-1)), counted.reshape(-1)
+    return RowWeights(kd, ce, None if labels is None else labels.reshape(-1)), counted.reshape(-1), divisor
 
 
 def _next_token(values: Tensor, options: TokenOptions, fill: float) -> Tensor:

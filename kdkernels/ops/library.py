@@ -49,13 +49,31 @@ def scale_by_incoming(buffers: list[Tensor], incoming: Tensor) -> list[Tensor]:
     where looking costs no synchronisation, left alone for the usual gradient of one. A retained graph's are copied.
     """
     traced = any(type(b) is not Tensor for b in (*buffers, incoming))
-    if traced or _graph_is_retained():
+    if traced:
         return [(b * _like_rows(incoming, b)).to(b.dtype) for b in buffers]
-    if incoming.device.type != "cpu" or not bool((incoming == 1).all()):
-        with torch.no_grad():
-            for b in buffers:
-                b.mul_(_like_rows(incoming, b))
+    if _graph_is_retained():
+        buffers = [b.clone() for b in buffers]
+    if incoming.device.type == "cpu" and incoming.numel() and bool((incoming == incoming.reshape(-1)[0]).all()):
+        incoming = incoming.reshape(-1)[0]  # the reductions' case; no factor per row, hence no promotion
+        if incoming == 1:
+            return buffers
+    with torch.no_grad():
+        for b in buffers:
+            _scale_(b, _like_rows(incoming, b))
     return buffers
+
+
+_BLOCK = 2**18  # numbers
+
+
+def _scale_(buffer: Tensor, factor: Tensor) -> None:
+    """``buffer *= factor``; block by block where torch would promote the buffer to a float32 copy."""
+    if factor.dim() == 0 or factor.dtype == buffer.dtype:
+        buffer.mul_(factor)
+        return
+    rows = max(1, _BLOCK // max(1, buffer[:1].numel()))
+    for part, weight in zip(buffer.split(rows), factor.split(rows), strict=True):
+        part.mul_(weight)
 
 
 def _graph_is_retained() -> bool:

@@ -6,6 +6,7 @@ GEMMs to the input and weight gradients. Memory is the chunk (`chunking`) plus t
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -208,11 +209,16 @@ def linear(
         chunk_rows,
     )
     wanted = Wanted(False, False, False) if per_row else Wanted(need_input, need_weight, need_bias)
-    with torch.autocast(student.device.type, enabled=False):
+    with _without_autocast(student.device.type):
         loss, gradients, stats = plan.run(wanted, need_stats)
     if not per_row:  # in float64 the sum does not depend on the number of threads
         loss = loss.sum(dtype=torch.float64).to(loss.dtype)
     return loss, *gradients.finish(), stats
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
+    available = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if available else contextlib.nullcontext()
 
 
 LIBRARY.impl("linear", linear, EVERY_DEVICE)
