@@ -133,7 +133,7 @@ def check_not_forward_mode(student: Tensor | LinearLogits) -> None:
 def check_pair(student: Tensor | LinearLogits, teacher: Tensor | LinearLogits, vocab_size: int | None) -> int:
     """Check the two sides against each other; returns the size of the vocabulary that they share."""
     for name, side in (("student", student), ("teacher", teacher)):
-        _check_side(name, side)
+        check_side(name, side)
     constant = teacher if isinstance(teacher, Tensor) else teacher.hidden
     if constant.requires_grad:
         what = "teacher" if isinstance(teacher, Tensor) else "teacher.hidden"
@@ -174,7 +174,7 @@ def check_pair(student: Tensor | LinearLogits, teacher: Tensor | LinearLogits, v
     return vocab_size
 
 
-def _check_side(name: str, side: object) -> None:
+def check_side(name: str, side: object) -> None:
     if not isinstance(side, (Tensor, LinearLogits)):
         fail(TypeError, name, type(side).__name__, "a tensor of logits or kd.LinearLogits")
     if isinstance(side, Tensor) and hasattr(side, "placements"):
@@ -242,3 +242,16 @@ def check_tokens(
         fail(TypeError, "labels dtype", labels.dtype, "an integer dtype", "pass token ids, not one-hot rows or masks")
     if token_weights is not None and token_weights.requires_grad:
         fail(ValueError, "token_weights", "a tensor that requires grad", "a constant", "pass .detach()")
+
+
+def under_autocast(side: Tensor | LinearLogits) -> Tensor | LinearLogits:
+    """Under autocast, heads and hidden states in the autocast dtype, as ``F.linear`` would take them."""
+    if not isinstance(side, LinearLogits) or not torch.amp.is_autocast_available(side.device.type):
+        return side
+    if not torch.is_autocast_enabled(side.device.type):
+        return side
+    dtype = torch.get_autocast_dtype(side.device.type)
+    if side.hidden.dtype == torch.float64:
+        return side
+    bias = None if side.bias is None else side.bias.to(dtype)
+    return LinearLogits(side.hidden.to(dtype), side.weight.to(dtype), bias, side.softcap, side.scale)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from kdkernels import backends, divergences
+from kdkernels import arguments, backends, divergences
 from kdkernels.divergences import Divergence
 from kdkernels.logits import LinearLogits
+from kdkernels.modules import PER_CALL, DistillationLoss
 
 
 class Explanation(NamedTuple):
@@ -29,7 +30,7 @@ def explain(
     divergence: str | Divergence = "forward_kl",
     *,
     backend: str = "auto",
-    **options: object,
+    **options: Any,
 ) -> Explanation:
     """Say which backend `kdkernels.distillation_loss` would take for these arguments, and why.
 
@@ -38,11 +39,14 @@ def explain(
         teacher: accepted so that a call can be explained as it stands; unused.
         divergence: name or object.
         backend: as in `kdkernels.distillation_loss`; an explicit choice that cannot serve raises here too.
-        options: the call's other options; none of them changes the choice.
+        options: the call's other options; they are checked, and none of them changes the choice.
 
     Returns:
         An `Explanation`: ``print(kd.explain(student, teacher, "jsd"))``.
     """
+    arguments.check_side("student", student)
+    DistillationLoss(divergence, backend=backend, **{k: v for k, v in options.items() if k not in PER_CALL})
+    student = arguments.under_autocast(student)
     kernel = divergences.get(divergence).kernel().name
     chosen = backends.choose(backend, student.device, student.dtype, kernel)
     return Explanation(chosen, backends.survey(student.device, student.dtype, kernel))

@@ -159,7 +159,7 @@ def distillation_loss(
     arguments.check_reduction(reduction, num_items)
     arguments.check_later(group, sparse_mode)
     arguments.check_not_forward_mode(student)
-    student, teacher = _autocast(student), _autocast(teacher)
+    student, teacher = arguments.under_autocast(student), arguments.under_autocast(teacher)
     vocab = arguments.check_pair(student, teacher, vocab_size)
     leading = student.shape[:-1]
     arguments.check_tokens(leading, student.device, labels, token_weights, shift, ce_weight)
@@ -283,16 +283,3 @@ def _rows(x: Tensor) -> Tensor:
 def _unflatten(x: Tensor, leading: torch.Size, shift: bool) -> Tensor:
     x = x.reshape(leading)
     return x[..., :-1] if shift else x
-
-
-def _autocast(side: Tensor | LinearLogits) -> Tensor | LinearLogits:
-    """Under autocast, heads and hidden states in the autocast dtype, as ``F.linear`` would take them."""
-    if not isinstance(side, LinearLogits) or not torch.amp.is_autocast_available(side.device.type):
-        return side
-    if not torch.is_autocast_enabled(side.device.type):
-        return side
-    dtype = torch.get_autocast_dtype(side.device.type)
-    if side.hidden.dtype == torch.float64:
-        return side
-    bias = None if side.bias is None else side.bias.to(dtype)
-    return LinearLogits(side.hidden.to(dtype), side.weight.to(dtype), bias, side.softcap, side.scale)

@@ -16,7 +16,7 @@ from kdkernels.options import FixedOptions
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-_PER_CALL = ("labels", "token_weights", "num_items")
+PER_CALL = ("labels", "token_weights", "num_items")
 
 
 class DistillationLoss(nn.Module):
@@ -45,7 +45,7 @@ class DistillationLoss(nn.Module):
             if name not in allowed:
                 hint = (
                     "it belongs to a batch: give it to the call"
-                    if name in _PER_CALL
+                    if name in PER_CALL
                     else f"known: {', '.join(sorted(allowed))}"
                 )
                 raise TypeError(f"DistillationLoss has no option {name!r}; {hint}")
