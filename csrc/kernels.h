@@ -32,10 +32,10 @@ typedef struct {
   const void* w_ce;          // [rows] acc, or NULL
   const int64_t* labels;     // [rows] or NULL
   void* loss;                // [rows] acc: w_kd * D + w_ce * CE
-  void* dlogits;             // [rows, dlogits_vocab] of dtype: d loss / d student.data; may be student.data; or NULL
-  int64_t dlogits_stride;    // elements between rows
-  int64_t dlogits_vocab;     // columns vocab .. dlogits_vocab are padding and receive 0
-  void* stats;               // [rows, KD_STATS] acc, or NULL
+  void* dlogits;  // [rows, dlogits_vocab] of dtype: d loss / d student.data; may be student.data; or NULL
+  int64_t dlogits_stride;  // elements between rows
+  int64_t dlogits_vocab;   // columns vocab .. dlogits_vocab are padding and receive 0
+  void* stats;             // [rows, KD_STATS] acc, or NULL
 } kd_rows;
 
 size_t kd_dense_scratch_bytes(const kd_rows* args);
