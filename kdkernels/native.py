@@ -23,13 +23,12 @@ ADAPTIVE_KL_ID = -1  # KD_ADAPTIVE_KL in csrc/kernels.h
 
 
 def _one_thread_in_child() -> None:
-    """A forked child inherits torch's pool without its threads: the next parallel loop would wait for ever, in
-    torch's own softmax as well. One thread needs no pool; DataLoader sets the same in its workers."""
+    """A forked child inherits torch's pool without its threads: the next parallel loop would wait for ever, in torch's
+    own softmax as well. One thread needs no pool; DataLoader sets the same in its workers.
+
+    Registered when the library loads, not at import: a process that forks before it computes keeps its threads.
+    """
     torch.set_num_threads(1)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_one_thread_in_child)
 
 
 @dataclass(frozen=True)
@@ -69,6 +68,8 @@ def _load() -> _State:
     refused = _text(library, "kdkernels_isa_error")
     if refused:
         return _State(refused, facts=facts)
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_one_thread_in_child)
     return _State("", _text(library, "kdkernels_isa"), facts)
 
 

@@ -273,6 +273,7 @@ def work():
 """
 
 
+@needs_native
 def test_a_forked_child_does_not_hang() -> None:
     done = python(
         FORK + "pid = os.fork()\nif pid == 0:\n    os._exit(0 if work() else 1)\n"
@@ -281,6 +282,16 @@ def test_a_forked_child_does_not_hang() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_a_fork_before_any_kernel_keeps_its_threads() -> None:
+    done = python(
+        "import os, sys, torch, kdkernels\ntorch.set_num_threads(2)\npid = os.fork()\n"
+        "if pid == 0:\n    os._exit(torch.get_num_threads())\n"
+        "assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 2"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@needs_native
 def test_a_forked_data_worker_does_not_hang() -> None:
     done = python(
         FORK + "class Data(torch.utils.data.Dataset):\n"
