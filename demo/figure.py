@@ -86,7 +86,7 @@ def _perplexity(axis: Any, metrics: dict[str, Any]) -> None:
             ("distilled", OURS, [metrics["ppl_after"][d] for d in domains]),
             ("teacher", TEACHER, [metrics["ppl_teacher"][d] for d in domains]),
         ],
-        lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.1f}",
+        _short,
     )
     axis.set_yscale("log")
     axis.set_title("Perplexity on held-out text (log scale)")
@@ -97,12 +97,23 @@ def _perplexity(axis: Any, metrics: dict[str, Any]) -> None:
     axis.legend(frameon=False, fontsize=8.5, loc="upper left", ncols=4, columnspacing=1.2, handlelength=1.2)
 
 
+def _short(value: float) -> str:
+    """A perplexity in at most five characters."""
+    if value >= 1e6:
+        return f"{value / 1e6:.1f} M"
+    return f"{value / 1e3:.0f} k" if value >= 1e4 else f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+
+
 def _course(axis: Any, curves: dict[str, list[tuple[int, float]]]) -> None:
     labels = {"cross_entropy": ("cross-entropy on the text", PLAIN), "distilled": ("distilled", OURS)}
     for name, (label, colour) in labels.items():
         steps, values = zip(*curves[name], strict=True)
         axis.plot(steps, values, color=colour, lw=1.8, label=label)
-        axis.annotate(f"{values[-1]:.2f}", (steps[-1], values[-1]), (4, 0), textcoords="offset points", color=colour)
+        ends = [points[-1][1] for points in curves.values()]
+        aside = 5 if values[-1] == max(ends) else -11
+        axis.annotate(
+            f"{values[-1]:.2f}", (steps[-1], values[-1]), (4, aside), textcoords="offset points", color=colour
+        )
     axis.set_xlabel("step (same seed, same batches)")
     axis.set_ylabel("nats per token")
     axis.set_title("Negative log-likelihood of the training text")

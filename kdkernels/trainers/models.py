@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import logging
 import math
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def need(module: str, what: str) -> Any:
         raise UserError(f"{what} needs {package}, which is not installed: pip install 'kdkernels[{extra}]'") from error
 
 
-@contextmanager
+@contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence transformers' progress bars and notes while it loads or saves; its errors still come through."""
     transformers = need("transformers", "loading models")
@@ -44,7 +45,7 @@ def quiet() -> Iterator[None]:
     transformers.logging.set_verbosity(logging.ERROR)
     transformers.logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # GGUF bars obey no switch
             warnings.simplefilter("ignore")
             yield
     finally:
