@@ -39,8 +39,7 @@ def _runners(case: Case, given: inputs.Inputs) -> tuple[dict[str, Runner], dict[
     out: dict[str, str] = {}
     found: dict[str, Runner] = {}
     for contestant in sorted(rivals.contestants(case), key=lambda c: c.name != REFERENCE):
-        missing = contestant.missing()
-        wrong = f"not installed: {', '.join(missing)}" if missing else checks.tiny(contestant, case)
+        wrong = rivals.absent(contestant, case) or checks.tiny(contestant, case)
         if wrong:
             out[contestant.name] = wrong
         else:
@@ -55,7 +54,7 @@ def _warm(
     reference: dict[str, Tensor] = {}
     value, errors = float("nan"), {}
     for name, runner in runners.items():
-        alternation.warm_up(name, first_counts=not runner.contestant.compiled)
+        alternation.warm_up(name)
         if not reference:
             reference, value = {k: g.clone() for k, g in given.gradients().items()}, runner.value
         errors[name] = checks.against(runner, reference, value)
@@ -76,17 +75,17 @@ def _limits(case: Case, given: inputs.Inputs) -> dict[str, Sampler]:
 
 def test_time(case: Case, benchmark: Any, request: pytest.FixtureRequest) -> None:
     """Times everyone who computes the case; ours must have been right."""
-    rounds, budget = request.config.getoption("--rounds"), request.config.getoption("--budget")
+    rounds, budget, patience = (request.config.getoption(f"--{word}") for word in ("rounds", "budget", "patience"))
     given = inputs.make(case)
     runners, out = _runners(case, given)
     samplers: dict[str, Sampler] = {name: runner.sample for name, runner in runners.items()}
-    alternation = Alternation({**samplers, **_limits(case, given)}, rounds, budget)
+    alternation = Alternation({**samplers, **_limits(case, given)}, rounds, budget, patience)
     flush()
     errors = _warm(runners, out, alternation, given)
     for name in alternation.samplers.keys() - runners.keys():
         alternation.warm_up(name)
     disturbance = machine.Disturbance()
-    benchmark.pedantic(alternation.round, rounds=alternation.rounds_needed, iterations=1)
+    benchmark.pedantic(alternation.round, rounds=rounds, iterations=1)
     benchmark.extra_info.update(case=case.id, seconds=alternation.medians, errors=errors, out=out)
     benchmark.extra_info["disturbance"] = disturbance.shares()
     failed = {name: why for name, why in out.items() if name.startswith("ours")}

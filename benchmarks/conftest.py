@@ -15,6 +15,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--case", action="append", default=[], help="id of a case; repeatable; default: the quick ones")
     group.addoption("--rounds", type=int, default=7, help="rounds of alternating runs")
     group.addoption("--budget", type=float, default=2.0, help="seconds for one contestant in one case")
+    group.addoption("--patience", type=float, default=60.0, help="seconds of a first run that is not repeated")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from benchmarks import machine, memory, results, rivals, shapes
 from benchmarks.shapes import Case
 
 ALLOCATORS = {"default": {}, "MALLOC_MMAP_MAX_=0": {"MALLOC_MMAP_MAX_": "0"}}
+BUSY = 0.1
+"""Share of processor time in other processes above which a timing is called disturbed."""
 FULL = machine.ROOT / "benchmarks" / "results" / "cpu.json"
 QUICK = machine.ROOT / "runs" / "bench-quick.json"
 
@@ -50,7 +53,7 @@ def _module(name: str, *words: str) -> Any:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def time_group(cases: list[Case], allocator: str, rounds: int, budget: float) -> list[dict[str, Any]]:
+def time_group(cases: list[Case], allocator: str, effort: shapes.Effort) -> list[dict[str, Any]]:
     """Entries of cases timed in one process.
 
     Raises:
@@ -59,7 +62,8 @@ def time_group(cases: list[Case], allocator: str, rounds: int, budget: float) ->
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "benchmark.json"
         command = [sys.executable, "-m", "pytest", "-q", "-x", "benchmarks/bench_time.py", f"--benchmark-json={out}"]
-        command += [f"--rounds={rounds}", f"--budget={budget}", *(f"--case={case.id}" for case in cases)]
+        command += [f"--{word}={value}" for word, value in asdict(effort).items()]
+        command += [f"--case={case.id}" for case in cases]
         environment = {**os.environ, **ALLOCATORS[allocator]}
         done = subprocess.run(command, cwd=machine.ROOT, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -69,18 +73,31 @@ def time_group(cases: list[Case], allocator: str, rounds: int, budget: float) ->
     return [results.timed(by_id[extra["case"]], allocator, extra) for extra in extras]
 
 
+def groups(cases: list[Case]) -> list[tuple[str, list[Case]]]:
+    """(allocator, cases of one process): same op, vocabulary and dtype, so that a process lasts a minute or two."""
+
+    def key(case: Case) -> tuple[str, int, str, bool]:
+        return case.op, case.V, case.dtype, case.divergence in shapes.MAIN
+
+    kept = [case for case in cases if case in shapes.KEPT or case in shapes.QUICK]
+    return [
+        (allocator, list(group))
+        for allocator, chosen in zip(ALLOCATORS, (cases, kept), strict=True)
+        for _, group in groupby(chosen, key=key)
+    ]
+
+
 def _times(cases: list[Case], options: argparse.Namespace) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
-    for allocator in ALLOCATORS:
-        for key, group in groupby(
-            cases, key=lambda case: (case.op, case.V, case.dtype, case.divergence in shapes.MAIN)
-        ):
-            chosen = list(group)
-            rounds, budget = shapes.effort(chosen[0], options.quick)
-            with _alone(options.lock):
-                start = time.monotonic()
-                found += time_group(chosen, allocator, rounds, budget)
-            _say(f"time {key} {allocator}: {time.monotonic() - start:.0f} s")
+    for allocator, group in groups(cases):
+        with _alone(options.lock):
+            start = time.monotonic()
+            entries = time_group(group, allocator, shapes.effort(group[0], options.quick))
+        others = max(entry["disturbance"]["others"] for entry in entries)
+        _say(f"time {group[0].id} and {len(group) - 1} more, {allocator}: {time.monotonic() - start:.0f} s")
+        if others > BUSY:
+            _say(f"  {others:.0%} of the processors went to other processes: these figures mean little")
+        found += entries
     return found
 
 
@@ -88,11 +105,10 @@ def _memory(cases: list[Case], options: argparse.Namespace) -> list[dict[str, An
     found = []
     for case in cases:
         for contestant in rivals.contestants(case):
-            if contestant.missing() or (contestant.name == "trl:chunked" and case.V > 100000):
-                continue  # a minute each: measured at V = 32000
-            if not contestant.name.startswith("ours") and case.N > 2048:
+            mine = contestant.name.startswith("ours")
+            if rivals.absent(contestant, case) or (case.N > 2048 and not mine):
                 continue  # the larger N shows that ours is flat in it
-            for allocator in ALLOCATORS if contestant.name.startswith("ours") else ["default"]:
+            for allocator in ALLOCATORS if mine else ["default"]:
                 with _alone(options.lock):
                     entry = memory.in_fresh_process(case, contestant.name, ALLOCATORS[allocator])
                 found.append({**entry, "allocator": allocator})

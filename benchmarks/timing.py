@@ -60,51 +60,42 @@ class Alternation:
     Args:
         samplers: by name, in the order in which a round runs them.
         rounds: how many rounds there will be.
-        budget: seconds one contestant may take over all rounds; a slow one drops out after that, with at least
-            one round (its warm-up run then stands for it, if even one is too slow).
+        budget: seconds one contestant may take over all rounds, warm-up apart; a slow one drops out after that.
+        patience: a contestant whose warm-up alone took longer than this is not run again: that run stands for it.
     """
 
     samplers: dict[str, Sampler]
     rounds: int
     budget: float
+    patience: float = float("inf")
     medians: dict[str, list[float]] = field(default_factory=dict)
-    _plan: dict[str, tuple[int, int]] = field(default_factory=dict)
-    _round: int = 0
+    _spent: dict[str, float] = field(default_factory=dict)
+    _last: dict[str, float] = field(default_factory=dict)
 
-    def plan(self, name: str, seconds: float) -> tuple[int, int]:
-        """(rounds, repeats within a round) of a contestant that takes this long."""
-        rounds = max(1, min(self.rounds, int(self.budget / max(seconds, 1e-9))))
-        return rounds, max(1, min(MOST_REPEATS, int(VISIT_SECONDS / max(seconds, 1e-9))))
-
-    def warm_up(self, name: str, first_counts: bool = True) -> float:
-        """One run, to warm up and to plan by; it counts as the only round where there is no budget for another.
-
-        Args:
-            name: which contestant.
-            first_counts: False if this run compiled something: then it is run once more.
-        """
+    def warm_up(self, name: str) -> float:
+        """The first run: it pages in memory and compiles what there is to compile. Returns its seconds."""
         seconds = self.samplers[name]()
-        if not first_counts:
-            seconds = self.samplers[name]()
-        if seconds > self.budget / 2:
-            self._plan[name], self.medians[name] = (0, 0), [seconds]
-        else:
-            self._plan[name], self.medians[name] = self.plan(name, seconds), []
+        self.medians[name] = [seconds] if seconds > self.patience else []
+        self._spent[name] = self.budget if seconds > self.patience else 0.0
+        self._last[name] = seconds
         return seconds
 
     def drop(self, name: str) -> None:
         """Takes a contestant out: it was wrong, so it has no time."""
-        self._plan.pop(name, None)
+        self._last.pop(name, None)
         self.medians.pop(name, None)
 
-    @property
-    def rounds_needed(self) -> int:
-        """Rounds until the last contestant has had its share, at least one."""
-        return max([1, *(rounds for rounds, _ in self._plan.values())])
+    def _takes_part(self, name: str) -> bool:
+        """At least one round, a second if the budget is not spent, more while another fits into it."""
+        done, spent = len(self.medians[name]), self._spent[name]
+        return not done or (spent < self.budget and (done == 1 or spent + self._last[name] <= self.budget))
 
     def round(self) -> None:
         """Runs each contestant that still takes part."""
-        for name, (rounds, repeats) in self._plan.items():
-            if self._round < rounds:
-                self.medians[name].append(statistics.median(self.samplers[name]() for _ in range(repeats)))
-        self._round += 1
+        for name, last in self._last.items():
+            if self._takes_part(name):
+                repeats = max(1, min(MOST_REPEATS, int(VISIT_SECONDS / max(last, 1e-9))))
+                runs = [self.samplers[name]() for _ in range(repeats)]
+                self._last[name] = statistics.median(runs)
+                self._spent[name] += sum(runs)
+                self.medians[name].append(self._last[name])

@@ -70,14 +70,25 @@ def test_rounds_alternate_and_slow_contestants_drop_out() -> None:
         order.append(name)
         return seconds[name]
 
-    a = Alternation({name: (lambda name=name: sampler(name)) for name in seconds}, rounds=4, budget=1.0)
+    a = Alternation({name: (lambda name=name: sampler(name)) for name in seconds}, rounds=4, budget=1.0, patience=1.5)
     for name in seconds:
         a.warm_up(name)
     order.clear()
-    for _ in range(a.rounds_needed):
+    for _ in range(a.rounds):
         a.round()
     assert order == ["fast", "fast", "slow"] * 3 + ["fast", "fast"]
     assert a.medians == {"fast": [0.04] * 4, "slow": [0.3] * 3, "slowest": [2.0]}
+    a.drop("slow")
+    assert "slow" not in a.medians
+
+
+def test_the_warm_up_does_not_count() -> None:
+    times = iter([5.0, 0.7, 0.6, 0.9])
+    a = Alternation({"paging": lambda: next(times)}, rounds=3, budget=1.0)
+    a.warm_up("paging")
+    for _ in range(a.rounds):
+        a.round()
+    assert a.medians == {"paging": [0.7, 0.6]}  # 1.3 s are over the budget of 1: no third round
 
 
 def test_the_floors_compute_what_they_are_named_after() -> None:

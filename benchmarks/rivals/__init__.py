@@ -67,3 +67,23 @@ def everyone() -> list[Contestant]:
 def contestants(case: Case) -> list[Contestant]:
     """Who computes this case, installed or not."""
     return [c for c in everyone() if c.serves(case)]
+
+
+LARGE = 100_000
+"""V from which fused heads take seconds, and some rivals a minute."""
+LEFT_OUT = {
+    "fp32": ("trl:chunked", "liger:uncompiled", "torchtune:chunked", "eager:mean"),
+    "bf16": ("trl:chunked", "liger:uncompiled", "torchtune:chunked", "eager:mean", "eager:bf16"),
+}
+"""Not timed on fused heads of that size: slow variants of packages whose faster one is timed, and TRL's, which takes
+ten times as long as the others where it is timed."""
+
+
+def absent(contestant: Contestant, case: Case) -> str:
+    """Why a contestant that computes a case is not measured on it, "" if it is."""
+    missing = contestant.missing()
+    if missing:
+        return f"not installed: {', '.join(missing)}"
+    if case.op == "linear" and case.V > LARGE and contestant.name in LEFT_OUT[case.dtype]:
+        return "left out for its time; measured at the smaller vocabulary"
+    return ""
