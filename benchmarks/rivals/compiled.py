@@ -1,7 +1,7 @@
 """`torch.compile` of the eager formulas, in the default mode.
 
 ``mode="max-autotune"`` changes matrix products and CUDA graphs. Dense losses have neither; for fused heads on a CPU its
-C++ products need frozen weights, which a head in training is not.
+C++ products want weights that are constants (inductor's `use_cpp_gemm_template`), which a head in training is not.
 """
 
 from __future__ import annotations
