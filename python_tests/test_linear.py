@@ -67,7 +67,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "padding": {"vocab_size": 120, "labels": LABELS % 120, "ce_weight": 0.3},
     "T squared": {"temperature": 3.0, "temperature_scaling": "t2", "kd_weight": 0.3},
     "cross-entropy only": {"kd_weight": 0.0, "labels": LABELS, "ce_weight": 1.5, "temperature": 3.0},
-    "nothing": {"kd_weight": 0.0, "labels": LABELS},
 }
 
 
