@@ -104,17 +104,62 @@ struct f32 {
   typedef float stored;
   KD_INLINE static vf load(const float* p) { return vf::load(p); }
   KD_INLINE static void store(float* p, vf x) { x.store(p); }
+  KD_INLINE static void load2(const float* p, vf* x) {
+    x[0] = vf::load(p);
+    x[1] = vf::load(p + kWidth);
+  }
+  KD_INLINE static void store2(float* p, const vf* x) {
+    x[0].store(p);
+    x[1].store(p + kWidth);
+  }
 };
 struct f16 {
   typedef uint16_t stored;
   KD_INLINE static vf load(const uint16_t* p) { return {load_f16(p)}; }
   KD_INLINE static void store(uint16_t* p, vf x) { store_f16(p, x.v); }
+  KD_INLINE static void load2(const uint16_t* p, vf* x) {
+    x[0] = load(p);
+    x[1] = load(p + kWidth);
+  }
+  KD_INLINE static void store2(uint16_t* p, const vf* x) {
+    store(p, x[0]);
+    store(p + kWidth, x[1]);
+  }
 };
 struct bf16 {
   typedef uint16_t stored;
   KD_INLINE static vf load(const uint16_t* p) { return {load_bf16(p)}; }
   KD_INLINE static void store(uint16_t* p, vf x) { store_bf16(p, x.v); }
+  KD_INLINE static void load2(const uint16_t* p, vf* x) {
+    native_int v;
+    memcpy(&v, p, sizeof v);
+#if KD_LEVEL == KD_IS_avx512
+    x[0] = {n_from_bits(_mm512_slli_epi32(v, 16))};
+    x[1] = {n_from_bits(_mm512_and_si512(v, _mm512_set1_epi32((int)0xffff0000)))};
+#elif KD_LEVEL == KD_IS_avx2
+    x[0] = {n_from_bits(_mm256_slli_epi32(v, 16))};
+    x[1] = {n_from_bits(_mm256_and_si256(v, _mm256_set1_epi32((int)0xffff0000)))};
+#else
+    x[0] = {n_from_bits(v << 16)};
+    x[1] = {n_from_bits(v & (int)0xffff0000)};
+#endif
+  }
+  KD_INLINE static void store2(uint16_t* p, const vf* x) {
+#if KD_LEVEL == KD_IS_avx512
+    const __m512i half = _mm512_set1_epi32(0x8000);
+    const __m512i a = _mm512_srli_epi32(_mm512_add_epi32(n_bits(x[0].v), half), 16);
+    const __m512i b = _mm512_add_epi32(n_bits(x[1].v), half);
+    _mm512_storeu_si512(p, _mm512_ternarylogic_epi32(a, b, _mm512_set1_epi32((int)0xffff0000), 0xf8));
+#else
+    store(p, x[0]);
+    store(p + kWidth, x[1]);
+#endif
+  }
 };
+
+constexpr int kAhead = 4096;  // bytes
+KD_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+KD_INLINE void prefetch2(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // body(i, lanes) for every vector of n elements: `everywhere`, or a mask for the last, partial one.
 template <class Body>

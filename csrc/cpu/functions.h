@@ -4,46 +4,111 @@
 #pragma once
 #include "vec.h"
 
+#if KD_LEVEL == KD_IS_avx512
+#include "tables.h"
+#endif
+
 namespace KD_NS {
 
 // 2^n * y for the n hidden in the low bits of t = n + 1.5 * 2^23; n in [-126, 127] and y near 1.
-KD_INLINE native scale_by(native y, native t, native n) {
+KD_INLINE native scale_by(native y, native t) {
 #if KD_LEVEL == KD_IS_avx512
-  (void)t;
-  return _mm512_scalef_ps(y, n);
+  return n_from_bits(_mm512_add_epi32(n_bits(y), _mm512_slli_epi32(n_bits(t), 23)));
 #elif KD_LEVEL == KD_IS_avx2
-  (void)n;
   return n_from_bits(_mm256_add_epi32(n_bits(y), _mm256_slli_epi32(n_bits(t), 23)));
 #else
-  (void)n;
   return n_from_bits(n_bits(y) + (n_bits(t) << 23));
 #endif
 }
 
-// e^x for x in [-87, 88]. The remainder needs one step: |n| * (ln 2 - float(ln 2)) stays below 2.4e-7 at n =
-// 126 and below 4e-8 where e^x still counts. Polynomial: minimax, relative error 3e-9.
-KD_INLINE native exp_in_range(native x) {
-  const native magic = n_all(12582912.0f);
-  const native t = n_fma(x, n_all(1.44269504f), magic);
-  const native n = t - magic;
-  const native r = n_fma(n, n_all(-0.693147181f), x);
-  native y = n_fma(n_all(0.00138144671f), r, n_all(0.00836878041f));
-  y = n_fma(y, r, n_all(0.0416683942f));
-  y = n_fma(y, r, n_all(0.166665201f));
-  y = n_fma(y, r, n_all(0.499999934f));
-  y = n_fma(y, r, n_all(1.0f));
-  y = n_fma(y, r, n_all(1.0f));
-  return scale_by(y, t, n);
-}
+// What Exp::checked has seen; start from zero_check().
+struct RangeCheck {
+  native_int bits;
+};
+KD_INLINE RangeCheck zero_check() { return {n_int(0)}; }
 
-KD_INLINE native exp_clamped(native x) { return exp_in_range(n_min(n_all(88.7f), n_max(n_all(-87.0f), x))); }
+// e^(x / T) for one temperature. A step of the range reduction is exact but for float(T ln 2): 3e-9 of x at T
+// = 1, up to 6e-8 of x (as that of 1 / T would be) at others. Relative error of the rest: AVX-512 1.5e-7,
+// others 1.7e-7.
+//
+// `clamped` holds x / T at -87 from below, where the result is 1.6e-38 (NaN stays NaN); x / T must not
+// exceed 88. `checked` is for -87.3 < x / T < 1.38 and instead notes when x was outside, or NaN: for in-range
+// x the number that counts steps has a fixed upper part, so one ternary-logic instruction replaces a clamp, a
+// maximum and a minimum.
+struct Exp {
+  native low, rate, step, c1, c2;
+#if KD_LEVEL == KD_IS_avx512
+  native table, more;
+#endif
+
+  KD_INLINE explicit Exp(float per_t) {
+    const float t = 1.0f / per_t;
+    low = n_all(-87.0f * t);
+    rate = n_all(1.44269504f * per_t);
+    step = n_all(-0.693147181f * t);
+#if KD_LEVEL == KD_IS_avx512
+    c1 = n_all(1.00001468f * per_t);
+    c2 = n_all(0.499996269f * per_t * per_t);
+    table = _mm512_load_ps((const float*)kExpTable);
+    more = _mm512_load_ps((const float*)(kExpTable + 16));
+#else
+    c1 = n_all(per_t);
+    c2 = n_all(0);
+#endif
+  }
+
+#if KD_LEVEL == KD_IS_avx512
+  // 1.5 * 2^18 - 2: t counts 32nds; for n in [-126, 2) its bits lie in [0x48bff000, 0x48bfffff].
+  static constexpr float kMagic = 393214.0f;
+  static constexpr int kPattern = 0x48bff000, kFixed = ~0xfff;
+  KD_INLINE native finish(native x, native t) const {
+    const native r = n_fma(t - n_all(kMagic), step, x);
+    const __m512i k = n_bits(t);
+    const native power = _mm512_permutex2var_ps(table, k, more);
+    const native y = n_fma(n_fma(c2, r, c1), r, n_all(1.0f));
+    return y * n_from_bits(_mm512_add_epi32(n_bits(power), _mm512_slli_epi32(k, 18)));
+  }
+#else
+  // 1.5 * 2^23 - 2: for n in [-126, 2) the bits of t lie in [0x4b3fff80, 0x4b3fffff].
+  static constexpr float kMagic = 12582910.0f;
+  static constexpr int kPattern = 0x4b3fff80, kFixed = ~0x7f;
+  KD_INLINE native finish(native x, native t) const {
+    const native r = n_fma(t - n_all(kMagic), step, x) * c1;
+    native y =
+        n_fma(n_all(0.0331902845f), r, n_all(0.167663505f));  // four times e^r: t counts from 2 steps below
+    y = n_fma(y, r, n_all(0.66670314f));
+    y = n_fma(y, r, n_all(1.99995562f));
+    y = n_fma(y, r, n_all(3.99999876f));
+    y = n_fma(y, r, n_all(4.00000029f));
+    return scale_by(y, t);
+  }
+#endif
+
+  KD_INLINE native clamped(native x) const {
+    x = n_max(low, x);
+    return finish(x, n_fma(x, rate, n_all(kMagic)));
+  }
+  KD_INLINE native checked(native x, RangeCheck& check) const {
+    const native t = n_fma(x, rate, n_all(kMagic));
+    check.bits = n_or_difference(check.bits, n_bits(t), n_int(kPattern));
+    return finish(x, t);
+  }
+  KD_INLINE static bool in_range(RangeCheck check) { return n_none(check.bits, n_int(kFixed)); }
+};
 
 // Natural logarithm of a positive normal number.
 KD_INLINE native log_positive(native x) {
 #if KD_LEVEL == KD_IS_avx512
-  const native e = _mm512_getexp_ps(x * n_all(1.33333333f));
-  const native f = _mm512_getmant_ps(x, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src) - n_all(1.0f);
-#elif KD_LEVEL == KD_IS_avx2
+  const native inverse = _mm512_load_ps(kInverseTable), inverse_more = _mm512_load_ps(kInverseTable + 16);
+  const native table = _mm512_load_ps(kLogTable), more = _mm512_load_ps(kLogTable + 16);
+  const __m512i k = _mm512_srli_epi32(n_bits(x), 18);  // five leading bits of the fraction
+  const native m = _mm512_getmant_ps(x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
+  const native r = n_fma(m, _mm512_permutex2var_ps(inverse, k, inverse_more), n_all(-1.0f));
+  const native base = n_fma(_mm512_getexp_ps(x), n_all(0.693147181f), _mm512_permutex2var_ps(table, k, more));
+  const native y = n_fma(n_fma(n_all(0.3334024f), r, n_all(-0.500050571f)), r, n_all(1.0f));
+  return n_fma(y, r, base);
+#else
+#if KD_LEVEL == KD_IS_avx2
   const __m256i k = _mm256_srai_epi32(_mm256_sub_epi32(n_bits(x), _mm256_set1_epi32(0x3f400000)), 23);
   const native e = _mm256_cvtepi32_ps(k);
   const native f = n_from_bits(_mm256_sub_epi32(n_bits(x), _mm256_slli_epi32(k, 23))) - n_all(1.0f);
@@ -61,6 +126,7 @@ KD_INLINE native log_positive(native x) {
   y = n_fma(y, f, n_all(-0.5f));
   y = n_fma(y * f, f, n_fma(e, n_all(-2.12194440e-4f), f));
   return n_fma(e, n_all(0.693359375f), y);
+#endif
 }
 
 // tanh by expm1, to a few ulp of the result also near 0.
@@ -75,7 +141,7 @@ KD_INLINE native tanh_full(native x) {
   y = n_fma(y, r, n_all(0.166665797f));
   y = n_fma(y, r, n_all(0.499999932f));
   y = n_fma(y * r, r, r);
-  const native power = scale_by(n_all(1.0f), t, n);
+  const native power = scale_by(n_all(1.0f), t);
   const native em1 = n_fma(power, y, power - n_all(1.0f));
   const native size = em1 / (em1 + n_all(2.0f));
   const native signed_size = n_select(n_lt(x, n_all(0.0f)), -size, size);
@@ -91,7 +157,7 @@ KD_INLINE T kd_const(double x) {
 }
 template <int M>
 KD_INLINE vec<M> kd_exp(vec<M> x) {
-  return {exp_clamped(x.v)};
+  return {Exp(1.0f).clamped(n_min(n_all(88.7f), x.v))};
 }
 template <int M>
 KD_INLINE vec<M> kd_log(vec<M> x) {

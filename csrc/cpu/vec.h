@@ -46,6 +46,13 @@ KD_INLINE native_mask n_not(native_mask a) { return (native_mask)~a; }
 KD_INLINE native n_select(native_mask k, native a, native b) { return _mm512_mask_blend_ps(k, b, a); }
 KD_INLINE native_int n_bits(native a) { return _mm512_castps_si512(a); }
 KD_INLINE native n_from_bits(native_int a) { return _mm512_castsi512_ps(a); }
+KD_INLINE native_int n_int(int x) { return _mm512_set1_epi32(x); }
+// a | (b ^ c)
+KD_INLINE native_int n_or_difference(native_int a, native_int b, native_int c) {
+  return _mm512_ternarylogic_epi32(a, b, c, 0xf6);
+}
+// No bit of `which` is set in a.
+KD_INLINE bool n_none(native_int a, native_int which) { return _mm512_test_epi32_mask(a, which) == 0; }
 
 #elif KD_LEVEL == KD_IS_avx2
 
@@ -73,6 +80,11 @@ KD_INLINE native_mask n_not(native_mask a) {
 KD_INLINE native n_select(native_mask k, native a, native b) { return _mm256_blendv_ps(b, a, k); }
 KD_INLINE native_int n_bits(native a) { return _mm256_castps_si256(a); }
 KD_INLINE native n_from_bits(native_int a) { return _mm256_castsi256_ps(a); }
+KD_INLINE native_int n_int(int x) { return _mm256_set1_epi32(x); }
+KD_INLINE native_int n_or_difference(native_int a, native_int b, native_int c) {
+  return _mm256_or_si256(a, _mm256_xor_si256(b, c));
+}
+KD_INLINE bool n_none(native_int a, native_int which) { return _mm256_testz_si256(a, which); }
 
 #else
 
@@ -90,6 +102,12 @@ KD_INLINE native n_load(const float* p) {
 KD_INLINE void n_store(float* p, native x) { memcpy(p, &x, sizeof x); }
 KD_INLINE native_int n_bits(native a) { return (native_int)a; }
 KD_INLINE native n_from_bits(native_int a) { return (native)a; }
+KD_INLINE native_int n_int(int x) { return native_int{x, x, x, x}; }
+KD_INLINE native_int n_or_difference(native_int a, native_int b, native_int c) { return a | (b ^ c); }
+KD_INLINE bool n_none(native_int a, native_int which) {
+  const native_int x = a & which;
+  return (x[0] | x[1] | x[2] | x[3]) == 0;
+}
 KD_INLINE native n_fma(native a, native b, native c) { return a * b + c; }
 KD_INLINE native n_abs(native a) { return (native)((native_int)a & 0x7fffffff); }
 KD_INLINE native_mask n_lt(native a, native b) { return a < b; }
