@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the demo; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m demo", description="Distil SmolLM2-135M on this machine's CPU.")
     parser.add_argument("--output", default="runs/demo", help="folder for everything the demo makes")
-    parser.add_argument("--steps", type=int, default=80, help="optimiser steps of either run")
+    parser.add_argument("--steps", type=int, default=64, help="optimiser steps of either run")
     parser.add_argument("--student", default=STUDENT, help="which of the teacher's layers the student keeps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--teacher", help="another teacher (folder)")
