@@ -130,36 +130,37 @@ struct bf16 {
   typedef uint16_t stored;
   KD_INLINE static vf load(const uint16_t* p) { return {load_bf16(p)}; }
   KD_INLINE static void store(uint16_t* p, vf x) { store_bf16(p, x.v); }
+  // AVX-512 takes a pair apart into its even and odd entries, which costs a shift and a mask for 32 numbers.
   KD_INLINE static void load2(const uint16_t* p, vf* x) {
-    native_int v;
-    memcpy(&v, p, sizeof v);
 #if KD_LEVEL == KD_IS_avx512
+    const __m512i v = _mm512_loadu_si512(p);
     x[0] = {n_from_bits(_mm512_slli_epi32(v, 16))};
     x[1] = {n_from_bits(_mm512_and_si512(v, _mm512_set1_epi32((int)0xffff0000)))};
-#elif KD_LEVEL == KD_IS_avx2
-    x[0] = {n_from_bits(_mm256_slli_epi32(v, 16))};
-    x[1] = {n_from_bits(_mm256_and_si256(v, _mm256_set1_epi32((int)0xffff0000)))};
 #else
-    x[0] = {n_from_bits(v << 16)};
-    x[1] = {n_from_bits(v & (int)0xffff0000)};
+    x[0] = load(p);
+    x[1] = load(p + kWidth);
 #endif
   }
+  // For finite numbers: round to nearest, ties to even.
   KD_INLINE static void store2(uint16_t* p, const vf* x) {
 #if KD_LEVEL == KD_IS_avx512
-    const __m512i half = _mm512_set1_epi32(0x8000);
-    const __m512i a = _mm512_srli_epi32(_mm512_add_epi32(n_bits(x[0].v), half), 16);
-    const __m512i b = _mm512_add_epi32(n_bits(x[1].v), half);
-    _mm512_storeu_si512(p, _mm512_ternarylogic_epi32(a, b, _mm512_set1_epi32((int)0xffff0000), 0xf8));
+    const __m512i a = rounded(x[0].v), b = rounded(x[1].v), upper = _mm512_set1_epi32((int)0xffff0000);
+    _mm512_storeu_si512(p, _mm512_ternarylogic_epi32(_mm512_srli_epi32(a, 16), b, upper, 0xf8));
 #else
     store(p, x[0]);
     store(p + kWidth, x[1]);
 #endif
   }
+#if KD_LEVEL == KD_IS_avx512
+  KD_INLINE static __m512i rounded(native x) {
+    const __m512i bits = n_bits(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  }
+#endif
 };
 
 constexpr int kAhead = 4096;  // bytes
 KD_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
-KD_INLINE void prefetch2(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // body(i, lanes) for every vector of n elements: `everywhere`, or a mask for the last, partial one.
 template <class Body>

@@ -1,11 +1,9 @@
 // Rows of the dense distillation loss: normalisers, statistics, gradient. See kernels.h for the contract.
 #include "adaptive.h"
 #include "isa.h"
-#include "task.h"
+#include "online_kl.h"
 
 namespace KD_NS {
-
-constexpr double kSmall = 1e-3;  // nats; below, a quick sum's error of 1e-7 would show
 
 struct Outcome {
   double divergence, nll;
@@ -66,33 +64,42 @@ static bool normalise(const Task& task, Row& row) {
   return true;
 }
 
-typedef TermGrad (*StatsBlock)(const float*, const float*, int, const RowNumbers&, Parameters);
-
-static TermGrad sum_row(const Task& task, const Row& row, StatsBlock block) {
-  TermGrad total = {0, 0};
-  for (int64_t first = 0; first < task.args->vocab; first += kBlock) {
-    const Blocks b = load_blocks(task, row, first);
-    const TermGrad x = block(b.zs, b.zt, b.n, row.numbers, task.given);
-    total.term += x.term;
-    total.grad += x.grad;
-  }
-  return total;
-}
-
 static double generic_row(const Task& task, const Row& row) {
   const RowFunctions& f = kRowFunctions[task.args->kernel];
-  TermGrad total = sum_row(task, row, row.careful ? f.careful : f.quick);
+  float* kept = row.gradient ? task.kept : nullptr;
+  TermGrad total = sum_row(task, row, row.careful ? f.careful : f.quick, kept);
   if (!row.careful && f.quick != f.precise && total.term < kSmall) {
-    total.term = sum_row(task, row, f.precise).term;
+    total.term = sum_row(task, row, f.precise, nullptr).term;
   }
   if (row.gradient) {
-    const float kd = row.w_kd * task.per_t, sum = (float)total.grad;
-    const auto gradient = row.careful ? f.careful_gradient : f.gradient;
-    write_gradient(task, row, [&](const Blocks& b, int64_t, float* out, float ce) {
-      gradient(b.zs, b.zt, out, b.n, row.numbers, task.given, sum, kd, ce);
+    const float kd = row.w_kd * task.per_t;
+    write_gradient(task, row, [&](const Blocks& b, int64_t first, float* out, float ce) {
+      kept_gradient(kept + 2 * first, out, b.n, kd, ce - kd * (float)total.grad);
     });
   }
   return total.term;
+}
+
+// Which rows the two-sweep path may try: nothing but a loss and a gradient wanted, cross-entropy at T = 1
+// only.
+static bool online(const Task& task, const Row& row) {
+  const kd_rows& a = *task.args;
+  if (a.kernel < 0 || a.stats || !task.student.plain || !task.teacher.plain) return false;
+  return kOnline[a.kernel] != kNotOnline && row.w_kd != 0 && (row.w_ce == 0 || task.per_t == 1.0f);
+}
+
+static bool online_row(const Task& task, Row& row, int64_t r) {
+  double divergence, log_student;
+  const bool reverse = kOnline[task.args->kernel] == kReverseKl;
+  double nll = 0;
+  const float z = row.w_ce != 0 ? load_block(task.student, row.student, row.label, 1, task.zs)[0] : 0.0f;
+  if (!(reverse ? kl_row<true>(task, row, divergence, log_student)
+                : kl_row<false>(task, row, divergence, log_student))) {
+    return false;
+  }
+  if (row.w_ce != 0) nll = log_student - ((double)z - row.s.reference);
+  put(task.args->loss, r, row.w_kd * divergence + (row.w_ce != 0 ? row.w_ce * nll : 0));
+  return true;
 }
 
 static void dense_row(const Task& task, int64_t r) {
@@ -106,7 +113,9 @@ static void dense_row(const Task& task, int64_t r) {
   row.gradient = a.dlogits ? (char*)a.dlogits + r * a.dlogits_stride * size_of(a.dtype) : nullptr;
   zero_padding(a, r);
   if (row.w_kd == 0 && row.w_ce == 0) return fill_row(task, r, 0.0f);
-  if ((row.w_ce != 0 && row.label < 0) || !normalise(task, row)) return fill_row(task, r, NAN);
+  if (row.w_ce != 0 && row.label < 0) return fill_row(task, r, NAN);
+  if (online(task, row) && online_row(task, row, r)) return;
+  if (!normalise(task, row)) return fill_row(task, r, NAN);
   Outcome out = {0, 0};
   if (row.label >= 0) {
     out.nll = negative_log_likelihood(task, row, log(task.per_t == 1.0f ? row.s.sum : row.s.cold));
@@ -128,6 +137,7 @@ static int dense(const kd_rows* args, int64_t begin, int64_t end, void* scratch)
   task.zs = (float*)scratch;
   task.zt = task.zs + kBlock;
   task.out = task.zt + kBlock;
+  task.kept = task.out + kBlock;
   for (int64_t r = begin; r < end; ++r) dense_row(task, r);
   return 0;
 }

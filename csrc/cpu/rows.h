@@ -49,29 +49,32 @@ struct Parameters {
   float a, b;
 };
 
+// Sums of term and grad; with `kept`, grad and q of every vector are left there for the gradient.
 template <class D, int kMode, bool kCareful>
 KD_NOINLINE TermGrad stats_block(const float* zs, const float* zt, int n, const RowNumbers& r,
-                                 Parameters given) {
+                                 Parameters given, float* kept) {
   typedef vec<kMode> V;
   const V a = V::all(given.a), b = V::all(given.b), zero = V::all(0);
   V term = zero, grad = zero;
   for_vectors(n, [&](int i, auto lanes) {
     const Pair<V> x = pair_at<kCareful, V>(zs + i, zt + i, r);
     term = term + select(lanes, D::term(x.lp, x.lq, x.p, x.q, a, b), zero);
-    grad = grad + select(lanes, D::grad(x.lp, x.lq, x.p, x.q, a, b), zero);
+    const V g = D::grad(x.lp, x.lq, x.p, x.q, a, b);
+    grad = grad + select(lanes, g, zero);
+    if (kept) {
+      vf{g.v}.store(kept + 2 * i);
+      vf{x.q.v}.store(kept + 2 * i + kWidth);
+    }
   });
   return {sum(term.v), sum(grad.v)};
 }
 
-// out = kd * (grad - q * total) + ce * q, with kd = w_kd / T and, at T = 1, ce = w_ce; else ce = 0.
-template <class D, bool kCareful>
-KD_NOINLINE void grad_block(const float* zs, const float* zt, float* out, int n, const RowNumbers& r,
-                            Parameters given, float total, float kd, float ce) {
-  const vf a = vf::all(given.a), b = vf::all(given.b);
-  const vf weight = vf::all(kd), share = vf::all(ce - kd * total);
+// out = kd * grad + share * q from what the statistics kept; share = ce - kd * total, with kd = w_kd / T and,
+// at T = 1, ce = w_ce; else ce = 0.
+KD_NOINLINE inline void kept_gradient(const float* kept, float* out, int n, float kd, float share) {
+  const vf a = vf::all(kd), b = vf::all(share);
   for (int i = 0; i < n; i += kWidth) {
-    const Pair<vf> x = pair_at<kCareful, vf>(zs + i, zt + i, r);
-    fma(weight, D::grad(x.lp, x.lq, x.p, x.q, a, b), share * x.q).store(out + i);
+    fma(a, vf::load(kept + 2 * i), b * vf::load(kept + 2 * i + kWidth)).store(out + i);
   }
 }
 
@@ -79,13 +82,9 @@ KD_NOINLINE void grad_block(const float* zs, const float* zt, float* out, int n,
 // 1e-7 nats, so a row whose divergence comes out small is summed again by `precise`. Only divergences whose
 // plain form is that good are quick; a newcomer is not.
 struct RowFunctions {
-  TermGrad (*quick)(const float*, const float*, int, const RowNumbers&, Parameters);
-  TermGrad (*precise)(const float*, const float*, int, const RowNumbers&, Parameters);
-  TermGrad (*careful)(const float*, const float*, int, const RowNumbers&, Parameters);
-  void (*gradient)(const float*, const float*, float*, int, const RowNumbers&, Parameters, float, float,
-                   float);
-  void (*careful_gradient)(const float*, const float*, float*, int, const RowNumbers&, Parameters, float,
-                           float, float);
+  TermGrad (*quick)(const float*, const float*, int, const RowNumbers&, Parameters, float*);
+  TermGrad (*precise)(const float*, const float*, int, const RowNumbers&, Parameters, float*);
+  TermGrad (*careful)(const float*, const float*, int, const RowNumbers&, Parameters, float*);
 };
 
 constexpr bool same(const char* a, const char* b) {
@@ -102,14 +101,20 @@ constexpr bool plain_form_is_good() {
 
 template <class D>
 constexpr RowFunctions functions_of() {
-  return {stats_block < D,
-          plain_form_is_good<D>() ? kQuick : kPrecise,
-          false >,
-          stats_block<D, kPrecise, false>,
-          stats_block<D, kPrecise, true>,
-          grad_block<D, false>,
-          grad_block<D, true>};
+  return {stats_block<D, (plain_form_is_good<D>() ? kQuick : kPrecise), false>,
+          stats_block<D, kPrecise, false>, stats_block<D, kPrecise, true>};
 }
+
+enum Online { kNotOnline, kForwardKl, kReverseKl };
+
+template <class D>
+constexpr Online online_of() {
+  return same(D::name, "forward_kl") ? kForwardKl : same(D::name, "reverse_kl") ? kReverseKl : kNotOnline;
+}
+
+#define KD_ROW(name, id) online_of<name>(),
+static constexpr Online kOnline[] = {KD_FOR_EACH_DIVERGENCE(KD_ROW)};
+#undef KD_ROW
 
 #define KD_ROW(name, id) functions_of<name>(),
 static constexpr RowFunctions kRowFunctions[] = {KD_FOR_EACH_DIVERGENCE(KD_ROW)};

@@ -65,7 +65,11 @@ const char* kd_cpu_isa(void) { return kChoice.kernels ? kChoice.kernels->name : 
 
 const char* kd_cpu_isa_error(void) { return kChoice.kernels ? nullptr : kChoice.error; }
 
-size_t kd_dense_scratch_bytes(const kd_rows*) { return 64 * 1024; }
+// Three blocks of floats, and two floats for every entry of the vocabulary in whole blocks of 1024.
+size_t kd_dense_scratch_bytes(const kd_rows* args) {
+  if (args->dtype == KD_F64) return 64;
+  return 16 * 1024 + (size_t)(args->vocab + 1023) / 1024 * 1024 * 2 * sizeof(float);
+}
 
 int kd_dense_cpu(const kd_rows* args, int64_t begin, int64_t end, void* scratch) {
   if (!kChoice.kernels) return -2;

@@ -10,6 +10,7 @@ struct Task {
   Parameters given;
   float per_t;           // 1 / T
   float *zs, *zt, *out;  // kBlock floats each
+  float* kept;           // two floats for every entry of the vocabulary, rounded up to whole blocks
 };
 
 struct Row {
@@ -33,6 +34,21 @@ inline Blocks load_blocks(const Task& task, const Row& row, int64_t first) {
   const int n = (int)(left < kBlock ? left : kBlock);
   return {load_block(task.student, row.student, first, n, task.zs),
           load_block(task.teacher, row.teacher, first, n, task.zt), n};
+}
+
+constexpr double kSmall = 1e-3;  // nats; below, a quick sum's error of 1e-7 would show
+
+typedef TermGrad (*StatsBlock)(const float*, const float*, int, const RowNumbers&, Parameters, float* kept);
+
+inline TermGrad sum_row(const Task& task, const Row& row, StatsBlock block, float* kept) {
+  TermGrad total = {0, 0};
+  for (int64_t first = 0; first < task.args->vocab; first += kBlock) {
+    const Blocks b = load_blocks(task, row, first);
+    const TermGrad x = block(b.zs, b.zt, b.n, row.numbers, task.given, kept ? kept + 2 * first : nullptr);
+    total.term += x.term;
+    total.grad += x.grad;
+  }
+  return total;
 }
 
 // Adds the cross-entropy's share at a temperature other than 1.
