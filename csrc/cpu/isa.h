@@ -13,6 +13,7 @@
 
 struct kd_cpu_kernels {
   const char* name;
+  size_t (*scratch_bytes)(int64_t vocab);  // a thread
   int (*dense)(const kd_rows*, int64_t begin, int64_t end, void* scratch);
 };
 

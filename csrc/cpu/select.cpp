@@ -65,10 +65,8 @@ const char* kd_cpu_isa(void) { return kChoice.kernels ? kChoice.kernels->name : 
 
 const char* kd_cpu_isa_error(void) { return kChoice.kernels ? nullptr : kChoice.error; }
 
-// Three blocks of floats, and two floats for every entry of the vocabulary in whole blocks of 1024.
 size_t kd_dense_scratch_bytes(const kd_rows* args) {
-  if (args->dtype == KD_F64) return 64;
-  return 16 * 1024 + (size_t)(args->vocab + 1023) / 1024 * 1024 * 2 * sizeof(float);
+  return !kChoice.kernels || args->dtype == KD_F64 ? 0 : kChoice.kernels->scratch_bytes(args->vocab);
 }
 
 int kd_dense_cpu(const kd_rows* args, int64_t begin, int64_t end, void* scratch) {

@@ -47,6 +47,15 @@ KD_INLINE native n_select(native_mask k, native a, native b) { return _mm512_mas
 KD_INLINE native_int n_bits(native a) { return _mm512_castps_si512(a); }
 KD_INLINE native n_from_bits(native_int a) { return _mm512_castsi512_ps(a); }
 KD_INLINE native_int n_int(int x) { return _mm512_set1_epi32(x); }
+KD_INLINE native_int n_add_int(native_int a, native_int b) { return _mm512_add_epi32(a, b); }
+KD_INLINE native_int n_and_int(native_int a, native_int b) { return _mm512_and_si512(a, b); }
+KD_INLINE native_int n_shift_up16(native_int a) { return _mm512_slli_epi32(a, 16); }
+KD_INLINE native_int n_shift_down16(native_int a) { return _mm512_srli_epi32(a, 16); }
+// The upper halves of `low`'s lanes, below those of `high`'s.
+KD_INLINE native_int n_join16(native_int low, native_int high) {
+  return _mm512_ternarylogic_epi32(_mm512_srli_epi32(low, 16), high, _mm512_set1_epi32((int)0xffff0000),
+                                   0xf8);
+}
 // a | (b ^ c)
 KD_INLINE native_int n_or_difference(native_int a, native_int b, native_int c) {
   return _mm512_ternarylogic_epi32(a, b, c, 0xf6);
@@ -81,6 +90,13 @@ KD_INLINE native n_select(native_mask k, native a, native b) { return _mm256_ble
 KD_INLINE native_int n_bits(native a) { return _mm256_castps_si256(a); }
 KD_INLINE native n_from_bits(native_int a) { return _mm256_castsi256_ps(a); }
 KD_INLINE native_int n_int(int x) { return _mm256_set1_epi32(x); }
+KD_INLINE native_int n_add_int(native_int a, native_int b) { return _mm256_add_epi32(a, b); }
+KD_INLINE native_int n_and_int(native_int a, native_int b) { return _mm256_and_si256(a, b); }
+KD_INLINE native_int n_shift_up16(native_int a) { return _mm256_slli_epi32(a, 16); }
+KD_INLINE native_int n_shift_down16(native_int a) { return _mm256_srli_epi32(a, 16); }
+KD_INLINE native_int n_join16(native_int low, native_int high) {
+  return _mm256_blend_epi16(_mm256_srli_epi32(low, 16), high, 0xaa);
+}
 KD_INLINE native_int n_or_difference(native_int a, native_int b, native_int c) {
   return _mm256_or_si256(a, _mm256_xor_si256(b, c));
 }
@@ -92,6 +108,7 @@ KD_INLINE bool n_none(native_int a, native_int which) { return _mm256_testz_si25
 constexpr int kWidth = 4;
 typedef float native __attribute__((vector_size(16)));
 typedef int32_t native_int __attribute__((vector_size(16)));
+typedef uint32_t native_uint __attribute__((vector_size(16)));
 typedef int32_t native_mask __attribute__((vector_size(16)));
 KD_INLINE native n_all(float x) { return native{x, x, x, x}; }
 KD_INLINE native n_load(const float* p) {
@@ -103,6 +120,15 @@ KD_INLINE void n_store(float* p, native x) { memcpy(p, &x, sizeof x); }
 KD_INLINE native_int n_bits(native a) { return (native_int)a; }
 KD_INLINE native n_from_bits(native_int a) { return (native)a; }
 KD_INLINE native_int n_int(int x) { return native_int{x, x, x, x}; }
+KD_INLINE native_int n_add_int(native_int a, native_int b) {  // unsigned: signed overflow is undefined
+  return (native_int)((native_uint)a + (native_uint)b);
+}
+KD_INLINE native_int n_and_int(native_int a, native_int b) { return a & b; }
+KD_INLINE native_int n_shift_up16(native_int a) { return (native_int)((native_uint)a << 16); }
+KD_INLINE native_int n_shift_down16(native_int a) { return (native_int)((native_uint)a >> 16); }
+KD_INLINE native_int n_join16(native_int low, native_int high) {
+  return n_shift_down16(low) | (high & (int)0xffff0000);
+}
 KD_INLINE native_int n_or_difference(native_int a, native_int b, native_int c) { return a | (b ^ c); }
 KD_INLINE bool n_none(native_int a, native_int which) {
   const native_int x = a & which;
