@@ -235,6 +235,15 @@ def test_reduction_none_computes_gradients_in_backward(backend: str) -> None:
     assert multiplications(("hidden",), 8, **options) == pytest.approx(2 * FORWARD + 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_long_sums_keep_their_digits(backend: str, dtype: torch.dtype) -> None:
+    """512 chunks of one row each: summed in float32, the head's gradient is as good as from one chunk."""
+    student, teacher = linear(512, 6, 7, dtype, 1, bias=True), linear(512, 9, 7, dtype, 2)
+    for reduction in ("sum", "none"):
+        check(student, teacher, "jsd", backend=backend, reduction=reduction, chunk_bytes=1)
+        check(student, teacher, "jsd", backend=backend, reduction=reduction)
+
+
 def test_tied_embeddings_add_up(backend: str) -> None:
     """One matrix as embedding and as head receives both gradients."""
     student, teacher = sides("linear/linear", 7, torch.float32)

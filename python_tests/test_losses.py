@@ -34,6 +34,14 @@ def test_float32(backend: str, divergence: Divergence, kind: str) -> None:
             check(student, teacher, divergence, backend=backend, temperature=temperature, reduction="none")
 
 
+@pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=lambda d: d.name)
+def test_finite_logits_are_never_altered(backend: str, divergence: Divergence) -> None:
+    """Log-probabilities far below the -1e4 that stands for a mask are themselves."""
+    for dtype in (torch.float32, torch.float64):
+        student, teacher = (10 * z for z in pair("peaked", 7, 129, dtype))
+        check(student, teacher, divergence, backend=backend, temperature=0.05, reduction="none")
+
+
 @pytest.mark.parametrize("dtype", LOW_AND_DOUBLE, ids=str)
 @pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=lambda d: d.name)
 def test_other_dtypes(backend: str, divergence: Divergence, dtype: torch.dtype) -> None:
@@ -63,6 +71,31 @@ def test_large_vocabularies(backend: str, vocab: int, dtype: torch.dtype) -> Non
         student, teacher = pair("ordinary", 2, vocab, dtype)
         labels = torch.tensor([vocab - 1, 0])
         check(student, teacher, divergence, backend=backend, labels=labels, ce_weight=0.1, temperature=1.5)
+
+
+SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
+    "rising": lambda at: 300 * at,
+    "falling": lambda at: -300 * at,
+    "a spike at the end": lambda at: torch.where(at == 1, 500.0, 0.0),
+    "masked at the beginning": lambda at: torch.where(at < 0.5, -torch.inf, 10 * at),
+    "masked at the end": lambda at: torch.where(at > 0.3, -torch.inf, 10 * at),
+    "steps": lambda at: (at * 4).floor() * 30,
+}
+
+
+@pytest.mark.parametrize("student_shape", SHAPES)
+def test_the_maximum_moves_along_the_row(backend: str, student_shape: str) -> None:
+    """Kernels that go through a row in blocks carry a maximum that later blocks overtake."""
+    vocab = 3333
+    at = torch.linspace(0, 1, vocab, dtype=torch.float64)
+    labels = torch.tensor([vocab - 1, vocab // 2, 0])
+    for divergence in ONE_OF_EACH:
+        for shape in (student_shape, "falling"):
+            student, teacher = pair("ordinary", 3, vocab, torch.float64)
+            student, teacher = student + SHAPES[student_shape](at), teacher + SHAPES[shape](at)
+            for dtype, t in ((torch.float32, 1.0), (torch.float32, 4.0), (torch.bfloat16, 0.5)):
+                sides = student.to(dtype), teacher.to(dtype)
+                check(*sides, divergence, backend=backend, temperature=t, labels=labels, ce_weight=0.5)
 
 
 LABELS = torch.tensor([3, 0, -100, 128, 7, 7, 64])

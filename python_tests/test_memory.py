@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from kdkernels import native
+
 GRADIENT = {"": 256 * 40000 * 4 / 2**20, "-bf16": 256 * 40000 * 2 / 2**20}
-DENSE = (
-    "inplace", "inplace-scaled", "inplace-bf16", "inplace-stats", "no-grad",
-    "leaf", "leaf-scaled", "leaf-bf16", "leaf-none", "leaf-none-bf16", "leaf-shift",
-)  # fmt: skip
+QUICK = "inplace-scaled", "inplace-bf16", "leaf", "leaf-bf16"
+DENSE = "inplace", "inplace-stats", "no-grad", "leaf-scaled", "leaf-none", "leaf-none-bf16", "leaf-shift"
 CHUNK = 16.0
 HEAD = 16000 * 128 * 4 / 2**20  # float32 gradient or accumulator
 MOST_SCRATCH = 6.0
@@ -39,15 +39,23 @@ def outputs(rows: int, dtype: str = "") -> float:
     return (rows * 128 * 4 / 2**20 + HEAD) / (2 if half else 1) + (HEAD if half else 0)
 
 
-def test_dense_allocates_one_gradient_or_none(backend: str) -> None:
-    """Through backward, for a leaf of three dimensions and for a loss that is scaled."""
-    if backend == "eager":  # promises no more than a handful of temporaries
-        assert peaks(backend, "leaf")["leaf"] < 20 * GRADIENT[""]
-        return
-    found = peaks(backend, *DENSE)
-    for name in DENSE:
+def dense_allocates_one_gradient_or_none(backend: str, cases: tuple[str, ...]) -> None:
+    found = peaks(backend, *cases)
+    for name in cases:
         gradient = GRADIENT["-bf16" if name.endswith("bf16") else ""] if name.startswith("leaf") else 0.0
         assert gradient - 1 < found[name] < gradient + MOST_SCRATCH, (name, found)
+
+
+@pytest.mark.parametrize("cases", [QUICK, pytest.param(DENSE, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_dense_allocates_one_gradient_or_none(cases: tuple[str, ...]) -> None:
+    """Through backward, for a leaf of three dimensions and for a loss that is scaled."""
+    assert native.available(), native.reason()
+    dense_allocates_one_gradient_or_none("cpp", cases)
+
+
+@pytest.mark.slow
+def test_eager_makes_a_handful_of_temporaries() -> None:
+    assert peaks("eager", "leaf")["leaf"] < 20 * GRADIENT[""]
 
 
 @pytest.mark.slow

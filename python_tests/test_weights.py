@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from cases import pair
-from hypothesis import given
+from hypothesis import given, settings
 from oracle import Call, check
 
 import kdkernels as kd
@@ -55,6 +55,7 @@ def made(
     return weights, counted
 
 
+@settings(max_examples=150)
 @given(calls())
 def test_token_by_token(call: dict[str, Any]) -> None:
     leading = call.pop("leading")
