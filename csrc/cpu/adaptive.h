@@ -31,7 +31,8 @@ template <bool kCareful>
 KD_NOINLINE void add_adaptive(const Task& task, const Block& b, const RowNumbers& r, Head<float> h,
                               AdaptiveSums& to) {
   const vf zero = vf::all(0), least = vf::all(h.least);
-  vf head = zero, tail = zero, forward = zero, reverse = zero;
+  vf head = zero, tail = zero;
+  Running<kCareful || kLongLanes, vf> forward, reverse;
   for_vectors(b.n, [&](int i, auto lanes) {
     const int64_t left = h.last - (b.first + i) + 1;
     const mask ties = first_lanes(left <= 0 ? 0 : left >= kWidth ? kWidth : (int)left);
@@ -41,13 +42,13 @@ KD_NOINLINE void add_adaptive(const Task& task, const Block& b, const RowNumbers
     const vf apart = select(lanes, kd_abs(x.p - x.q), zero);
     tail = tail + select(outside, apart, zero);
     head = head + select(outside, zero, apart);
-    forward = forward + select(lanes, kd_kl(x.p, x.q, x.lp - x.lq), zero);
-    reverse = reverse + select(lanes, kd_kl(x.q, x.p, x.lq - x.lp), zero);
+    forward.add(select(lanes, kd_kl(x.p, x.q, x.lp - x.lq), zero));
+    reverse.add(select(lanes, kd_kl(x.q, x.p, x.lq - x.lp), zero));
   });
   to.head += sum(head.v);
   to.tail += sum(tail.v);
-  to.forward += sum(forward.v);
-  to.reverse += sum(reverse.v);
+  to.forward += sum(forward.total.v);
+  to.reverse += sum(reverse.total.v);
 }
 
 // kept = ahead * (q - p) + behind * q * (lq - lp).

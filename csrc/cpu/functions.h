@@ -73,7 +73,7 @@ struct Exp {
   static constexpr float kMagic = 12582910.0f;
   static constexpr int kPattern = 0x4b3fff80, kFixed = ~0x7f;
   KD_INLINE native finish(native x, native t) const {
-    const native r = n_fma(t - n_all(kMagic), step, x) * c1;
+    const native r = n_fma_exact(t - n_all(kMagic), step, x) * c1;
     native y =
         n_fma(n_all(0.0331902845f), r, n_all(0.167663505f));  // four times e^r: t counts from 2 steps below
     y = n_fma(y, r, n_all(0.66670314f));

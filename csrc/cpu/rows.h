@@ -54,12 +54,12 @@ KD_NOINLINE TermGrad stats_block(const void* student, const void* teacher, int n
   typedef vec<kMode> V;
   const auto *s = (const typename X::stored*)student, *t = (const typename X::stored*)teacher;
   const V a = V::all(given.a), b = V::all(given.b), zero = V::all(0);
-  V term = zero, grad = zero;
+  Running<kCareful || kLongLanes, V> term, grad;
   const auto body = [&](V zs, V zt, int i, auto lanes) __attribute__((always_inline)) {
     const Pair<V> x = pair_of<kCareful, V>(zs, zt, r);
     const V g = D::grad(x.lp, x.lq, x.p, x.q, a, b);
-    term = term + select(lanes, D::term(x.lp, x.lq, x.p, x.q, a, b), zero);
-    grad = grad + select(lanes, g, zero);
+    term.add(select(lanes, D::term(x.lp, x.lq, x.p, x.q, a, b), zero));
+    grad.add(select(lanes, g, zero));
     g.store(kept + i);
   };
   int i = 0;
@@ -72,7 +72,7 @@ KD_NOINLINE TermGrad stats_block(const void* student, const void* teacher, int n
   for (; i < n; i += kWidth) {
     body(V{X::load(s + i).v}, V{X::load(t + i).v}, i, first_lanes(n - i < kWidth ? n - i : kWidth));
   }
-  return {sum(term.v), sum(grad.v)};
+  return {sum(term.total.v), sum(grad.total.v)};
 }
 
 // A divergence's row functions. `quick` leaves out the series for small differences: its sum is off by some

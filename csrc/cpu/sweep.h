@@ -44,8 +44,8 @@ KD_NOINLINE bool sum_block(const void* student, const void* teacher, int n, floa
   typedef typename X::stored stored;
   const stored *s = (const stored*)student, *t = (const stored*)teacher;
   const Exp exp_t(per_t);
-  const vf ref_s = vf::all(to.ref_s), ref_t = vf::all(to.ref_t), zero = vf::all(0);
-  vf sum_s = zero, sum_t = zero, cross = zero, weighted_s = zero, weighted_t = zero;
+  const vf ref_s = vf::all(to.ref_s), ref_t = vf::all(to.ref_t);
+  Running<kLongLanes, vf> sum_s, sum_t, cross, weighted_s, weighted_t;
   RangeCheck check = zero_check();
   for (int i = 0; i < n; i += kStep) {
     vf zs[2], zt[2];
@@ -56,29 +56,29 @@ KD_NOINLINE bool sum_block(const void* student, const void* teacher, int n, floa
       const vf xs = zs[h] - ref_s, xt = zt[h] - ref_t;
       const vf es = {kExact ? exp_t.clamped(xs.v) : exp_t.checked(xs.v, check)};
       const vf et = {kExact ? exp_t.clamped(xt.v) : exp_t.checked(xt.v, check)};
-      sum_s = sum_s + es;
-      sum_t = sum_t + et;
+      sum_s.add(es);
+      sum_t.add(et);
       if (kWeighted) {
-        weighted_s = fma(es, xs, weighted_s);
-        weighted_t = fma(et, xt, weighted_t);
+        weighted_s.add(es, xs);
+        weighted_t.add(et, xt);
       }
       if (kCarry == kForward) {
-        cross = fma(et, xt - xs, cross);
+        cross.add(et, xt - xs);
         et.store(kept + i + h * kWidth);
       }
       if (kCarry == kReverse) {
         const vf product = es * (xs - xt);
-        cross = cross + product;
+        cross.add(product);
         product.store(kept + i + h * kWidth);
       }
     }
   }
   if (!kExact && !Exp::in_range(check)) return false;
-  add_lanes(to.student, sum_s);
-  add_lanes(to.teacher, sum_t);
-  if (kWeighted) add_lanes(to.student_x, weighted_s);
-  if (kWeighted) add_lanes(to.teacher_x, weighted_t);
-  if (kCarry != kNothing) add_lanes(to.cross, cross);
+  add_lanes(to.student, sum_s.total);
+  add_lanes(to.teacher, sum_t.total);
+  if (kWeighted) add_lanes(to.student_x, weighted_s.total);
+  if (kWeighted) add_lanes(to.teacher_x, weighted_t.total);
+  if (kCarry != kNothing) add_lanes(to.cross, cross.total);
   return true;
 }
 

@@ -73,6 +73,7 @@ KD_INLINE native n_all(float x) { return _mm256_set1_ps(x); }
 KD_INLINE native n_load(const float* p) { return _mm256_loadu_ps(p); }
 KD_INLINE void n_store(float* p, native x) { _mm256_storeu_ps(p, x); }
 KD_INLINE native n_fma(native a, native b, native c) { return _mm256_fmadd_ps(a, b, c); }
+KD_INLINE native n_fma_exact(native a, native b, native c) { return n_fma(a, b, c); }
 KD_INLINE native n_max(native a, native b) { return _mm256_max_ps(a, b); }
 KD_INLINE native n_min(native a, native b) { return _mm256_min_ps(a, b); }
 KD_INLINE native n_abs(native a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
@@ -135,6 +136,13 @@ KD_INLINE bool n_none(native_int a, native_int which) {
   return (x[0] | x[1] | x[2] | x[3]) == 0;
 }
 KD_INLINE native n_fma(native a, native b, native c) { return a * b + c; }
+
+// Where the product must not be rounded: there is no such instruction, but doubles hold it.
+KD_INLINE native n_fma_exact(native a, native b, native c) {
+  typedef double wide __attribute__((vector_size(32)));
+  const wide x = __builtin_convertvector(a, wide), y = __builtin_convertvector(b, wide);
+  return __builtin_convertvector(x * y + __builtin_convertvector(c, wide), native);
+}
 KD_INLINE native n_abs(native a) { return (native)((native_int)a & 0x7fffffff); }
 KD_INLINE native_mask n_lt(native a, native b) { return a < b; }
 KD_INLINE native_mask n_le(native a, native b) { return a <= b; }
