@@ -30,7 +30,8 @@ def is_exempt(divergence: Divergence, kind: str) -> bool:
 def test_float32(backend: str, divergence: Divergence, kind: str) -> None:
     if not is_exempt(divergence, kind):
         student, teacher = pair(kind, 7, 129, torch.float32)
-        for temperature in TEMPERATURES:
+        rest = TEMPERATURES[2:]
+        for temperature in (*TEMPERATURES[:2], rest[len(str(divergence) + kind) % len(rest)]):
             check(student, teacher, divergence, backend=backend, temperature=temperature, reduction="none")
 
 
@@ -77,6 +78,8 @@ SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
     "rising": lambda at: 300 * at,
     "falling": lambda at: -300 * at,
     "a spike at the end": lambda at: torch.where(at == 1, 500.0, 0.0),
+    "a spike in the middle": lambda at: torch.where((at - 0.45).abs() < 2e-4, 500.0, 0.0),
+    "a hole in the middle": lambda at: torch.where((at - 0.45).abs() < 2e-4, -500.0, 0.0),
     "masked at the beginning": lambda at: torch.where(at < 0.5, -torch.inf, 10 * at),
     "masked at the end": lambda at: torch.where(at > 0.3, -torch.inf, 10 * at),
     "steps": lambda at: (at * 4).floor() * 30,
@@ -104,7 +107,7 @@ def test_the_maximum_moves_along_the_row(backend: str, student_shape: str) -> No
 def test_rows_of_several_blocks(backend: str, vocab: int, dtype: torch.dtype) -> None:
     """Whole blocks and a rest; labels in each; in place and not, rows that begin anywhere."""
     labels = torch.tensor([5, 1024 + 77, vocab - 1])
-    for kind in KINDS if backend != "eager" else KINDS[:1]:
+    for kind in KINDS[:1] if backend == "eager" else KINDS if vocab == 2100 else KINDS[::3]:
         for divergence in ONE_OF_EACH:
             if is_exempt(divergence, kind):
                 continue
