@@ -27,23 +27,23 @@ struct AdaptiveSums {
   double head, tail, forward, reverse;
 };
 
-template <bool kCareful>
-KD_NOINLINE void add_adaptive(const Task& task, const Block& b, const RowNumbers& r, Head<float> h,
-                              AdaptiveSums& to) {
+// The block is staged, its sides are in task.sides.
+KD_NOINLINE inline void add_adaptive(const Task& task, const Block& b, Head<float> h, AdaptiveSums& to) {
+  const Sides& x = *task.sides;
   const vf zero = vf::all(0), least = vf::all(h.least);
   vf head = zero, tail = zero;
-  Running<kCareful || kLongLanes, vf> forward, reverse;
+  Running<true, vf> forward, reverse;
   for_vectors(b.n, [&](int i, auto lanes) {
     const int64_t left = h.last - (b.first + i) + 1;
     const mask ties = first_lanes(left <= 0 ? 0 : left >= kWidth ? kWidth : (int)left);
-    const vf z = vf::load(task.zt + i);
+    const vf z = vf::load(task.zt + i), p = vf::load(x.p + i), q = vf::load(x.q + i);
+    const vf d = vf::load(x.lp + i) - vf::load(x.lq + i);
     const mask outside = !lt(least, z) & !(eq(z, least) & ties);
-    const Pair<vf> x = pair_of<kCareful, vf>(vf::load(task.zs + i), z, r);
-    const vf apart = select(lanes, kd_abs(x.p - x.q), zero);
+    const vf apart = select(lanes, kd_abs(p - q), zero);
     tail = tail + select(outside, apart, zero);
     head = head + select(outside, zero, apart);
-    forward.add(select(lanes, kd_kl(x.p, x.q, x.lp - x.lq), zero));
-    reverse.add(select(lanes, kd_kl(x.q, x.p, x.lq - x.lp), zero));
+    forward.add(select(lanes, kd_kl(p, q, d), zero));
+    reverse.add(select(lanes, kd_kl(q, p, -d), zero));
   });
   to.head += sum(head.v);
   to.tail += sum(tail.v);
@@ -52,13 +52,12 @@ KD_NOINLINE void add_adaptive(const Task& task, const Block& b, const RowNumbers
 }
 
 // kept = ahead * (q - p) + behind * q * (lq - lp).
-template <bool kCareful>
-KD_NOINLINE void keep_adaptive(const Task& task, const Block& b, const RowNumbers& r, float ahead,
-                               float behind) {
+KD_NOINLINE inline void keep_adaptive(const Task& task, const Block& b, float ahead, float behind) {
+  const Sides& x = *task.sides;
   const vf forward = vf::all(ahead), reverse = vf::all(behind);
-  for (int i = 0; i < b.n; i += kWidth) {
-    const Pair<vf> x = pair_of<kCareful, vf>(vf::load(task.zs + i), vf::load(task.zt + i), r);
-    fma(forward, x.q - x.p, x.q * (reverse * (x.lq - x.lp))).store(task.kept + b.first + i);
+  for (int i = 0; i < b.padded; i += kWidth) {
+    const vf p = vf::load(x.p + i), q = vf::load(x.q + i), d = vf::load(x.lq + i) - vf::load(x.lp + i);
+    fma(forward, q - p, q * (reverse * d)).store(task.kept + b.first + i);
   }
 }
 
@@ -68,15 +67,17 @@ inline double adaptive_row(const Task& task, const Row& row) {
   const RowNumbers numbers = numbers_of(task, row);
   AdaptiveSums t = {0, 0, 0, 0};
   for (int64_t first = 0; first < task.args->vocab; first += kBlock) {
-    const auto add = row.careful ? add_adaptive<true> : add_adaptive<false>;
-    add(task, block_at(task, row, first, kMiddle), numbers, h, t);
+    const Block b = block_at(task, row, first, kMiddle);
+    sides_of(task, row, b, numbers);
+    add_adaptive(task, b, h, t);
   }
   const double apart = t.head + t.tail;  // 0: p = q, every weight is 0
   const double ahead = apart > 0 ? t.head / apart : 0, behind = apart > 0 ? t.tail / apart : 0;
   if (row.gradient) {
     for (int64_t first = 0; first < task.args->vocab; first += kBlock) {
-      const auto keep = row.careful ? keep_adaptive<true> : keep_adaptive<false>;
-      keep(task, block_at(task, row, first, kMiddle), numbers, (float)ahead, (float)behind);
+      const Block b = block_at(task, row, first, kMiddle);
+      sides_of(task, row, b, numbers);
+      keep_adaptive(task, b, (float)ahead, (float)behind);
     }
     gradient_of_grad(task, row, behind * t.reverse);
   }

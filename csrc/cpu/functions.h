@@ -21,67 +21,84 @@ KD_INLINE native scale_by(native y, native t) {
 #endif
 }
 
-// What Exp::checked has seen; start from zero_check().
+// What Exp::checked has seen: on AVX-512 the bits that all had, elsewhere those that some had wrong.
 struct RangeCheck {
   native_int bits;
 };
-KD_INLINE RangeCheck zero_check() { return {n_int(0)}; }
 
-// e^(x / T) for one temperature. A step of the range reduction is exact but for float(T ln 2): 3e-9 of x at T
-// = 1, up to 6e-8 of x (as that of 1 / T would be) at others. Relative error of the rest: AVX-512 1.5e-7,
-// others 1.7e-7.
+// scale * e^(x / T) for one temperature. A step of the range reduction is exact but for float(T ln 2): 3e-9
+// of x at T = 1, up to 6e-8 of x (as that of 1 / T would be) at others. Relative error of the rest: 1.7e-7 at
+// most.
 //
-// `clamped` holds x / T at -87 from below, where the result is 1.6e-38 (NaN stays NaN); x / T must not
-// exceed 88. `checked` is for -87.3 < x / T < 1.38 and instead notes when x was outside, or NaN: for in-range
-// x the number that counts steps has a fixed upper part, so one ternary-logic instruction replaces a clamp, a
-// maximum and a minimum.
+// `clamped` holds x / T at -87 from below, where e^x is 1.6e-38 (NaN stays NaN); x / T must not exceed 88.
+// `checked`, for a scale of 1, is for -87.3 < x / T < 1.38 and instead notes when an x was outside, or NaN:
+// the number t that counts steps is arranged so that its upper bits are the same for all others, which costs
+// less than clamping and keeping a maximum and a minimum.
+//
+// Where the time goes (Zen 5, 512 bits): multiplications, fused or not, and all instructions with three
+// inputs share two pipes; additions, shifts, max and min another two; two-input integer arithmetic runs on
+// any. So the check is integer arithmetic, and the exponent is added as an integer, not by vscalefps (two
+// slots).
 struct Exp {
-  native low, rate, step, c1, c2;
+  native low, rate, step, c0, c1, c2;
 #if KD_LEVEL == KD_IS_avx512
   native table, more;
 #endif
 
-  KD_INLINE explicit Exp(float per_t) {
+  KD_INLINE explicit Exp(float per_t, float scale = 1.0f) {
     const float t = 1.0f / per_t;
     low = n_all(-87.0f * t);
-    rate = n_all(1.44269504f * per_t);
-    step = n_all(-0.693147181f * t);
+    rate = n_all(1.44269504f * per_t * kUnit);
+    step = n_all(-0.693147181f * t / kUnit);
+    c0 = n_all(scale);
 #if KD_LEVEL == KD_IS_avx512
-    c1 = n_all(1.00001468f * per_t);
-    c2 = n_all(0.499996269f * per_t * per_t);
+    c1 = n_all(scale * 1.00001468f * per_t);
+    c2 = n_all(scale * 0.499996269f * per_t * per_t);
     table = _mm512_load_ps((const float*)kExpTable);
     more = _mm512_load_ps((const float*)(kExpTable + 16));
 #else
     c1 = n_all(per_t);
-    c2 = n_all(0);
 #endif
   }
 
 #if KD_LEVEL == KD_IS_avx512
-  // 1.5 * 2^18 - 2: t counts 32nds; for n in [-126, 2) its bits lie in [0x48bff000, 0x48bfffff].
-  static constexpr float kMagic = 393214.0f;
-  static constexpr int kPattern = 0x48bff000, kFixed = ~0xfff;
+  // x / T = n ln 2 + r, n in 32nds. t = (n - 1.97) 2^109 - 2^128: among the last negative numbers before
+  // -infinity, where 32nds have the weight of the last bit. For n in [-126, 2) its bits are 0xff7ff000 + (63
+  // - 32 n).
+  static constexpr float kUnit = 6.49037107e32f, kMagic = -3.40200568e38f;  // 2^109; 0xff7ff03f
+  static constexpr int kPattern = (int)0xff7ff000;
   KD_INLINE native finish(native x, native t) const {
     const native r = n_fma(t - n_all(kMagic), step, x);
     const __m512i k = n_bits(t);
-    const native power = _mm512_permutex2var_ps(table, k, more);
-    const native y = n_fma(n_fma(c2, r, c1), r, n_all(1.0f));
-    return y * n_from_bits(_mm512_add_epi32(n_bits(power), _mm512_slli_epi32(k, 18)));
+    const __m512i power = n_bits(_mm512_permutex2var_ps(table, k, more));
+    return n_fma(n_fma(c2, r, c1), r, c0) * n_from_bits(_mm512_sub_epi32(power, _mm512_slli_epi32(k, 18)));
   }
+  KD_INLINE static RangeCheck fresh() { return {n_int(-1)}; }
+  KD_INLINE static void note(native t, RangeCheck& check) { check.bits = n_and_int(check.bits, n_bits(t)); }
+  KD_INLINE static bool in_range(RangeCheck check) {
+    return _mm512_cmpneq_epi32_mask(n_and_int(check.bits, n_int(kPattern)), n_int(kPattern)) == 0;
+  }
+  KD_INLINE native scaled(native x) const { return clamped(x); }
 #else
-  // 1.5 * 2^23 - 2: for n in [-126, 2) the bits of t lie in [0x4b3fff80, 0x4b3fffff].
-  static constexpr float kMagic = 12582910.0f;
+  // The same in whole steps: t = 1.5 * 2^23 - 2 + n; for n in [-126, 2) its bits lie in [0x4b3fff80,
+  // 0x4b3fffff].
+  static constexpr float kUnit = 1.0f, kMagic = 12582910.0f;
   static constexpr int kPattern = 0x4b3fff80, kFixed = ~0x7f;
   KD_INLINE native finish(native x, native t) const {
     const native r = n_fma_exact(t - n_all(kMagic), step, x) * c1;
-    native y =
-        n_fma(n_all(0.0331902845f), r, n_all(0.167663505f));  // four times e^r: t counts from 2 steps below
+    native y = n_fma(n_all(0.0331902845f), r, n_all(0.167663505f));  // of 4 e^r: t counts from 2 steps below
     y = n_fma(y, r, n_all(0.66670314f));
     y = n_fma(y, r, n_all(1.99995562f));
     y = n_fma(y, r, n_all(3.99999876f));
     y = n_fma(y, r, n_all(4.00000029f));
     return scale_by(y, t);
   }
+  KD_INLINE static RangeCheck fresh() { return {n_int(0)}; }
+  KD_INLINE static void note(native t, RangeCheck& check) {
+    check.bits = n_or_difference(check.bits, n_bits(t), n_int(kPattern));
+  }
+  KD_INLINE static bool in_range(RangeCheck check) { return n_none(check.bits, n_int(kFixed)); }
+  KD_INLINE native scaled(native x) const { return clamped(x) * c0; }
 #endif
 
   KD_INLINE native clamped(native x) const {
@@ -90,23 +107,20 @@ struct Exp {
   }
   KD_INLINE native checked(native x, RangeCheck& check) const {
     const native t = n_fma(x, rate, n_all(kMagic));
-    check.bits = n_or_difference(check.bits, n_bits(t), n_int(kPattern));
+    note(t, check);
     return finish(x, t);
   }
-  KD_INLINE static bool in_range(RangeCheck check) { return n_none(check.bits, n_int(kFixed)); }
 };
 
-// Natural logarithm of a positive normal number.
+// Natural logarithm of a positive normal number, to 1e-7 or 1e-7 of itself.
 KD_INLINE native log_positive(native x) {
 #if KD_LEVEL == KD_IS_avx512
-  const native inverse = _mm512_load_ps(kInverseTable), inverse_more = _mm512_load_ps(kInverseTable + 16);
-  const native table = _mm512_load_ps(kLogTable), more = _mm512_load_ps(kLogTable + 16);
-  const __m512i k = _mm512_srli_epi32(n_bits(x), 18);  // five leading bits of the fraction
+  const __m512i k = _mm512_srli_epi32(n_bits(x), 19);  // four leading bits of the fraction
   const native m = _mm512_getmant_ps(x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
-  const native r = n_fma(m, _mm512_permutex2var_ps(inverse, k, inverse_more), n_all(-1.0f));
-  const native base = n_fma(_mm512_getexp_ps(x), n_all(0.693147181f), _mm512_permutex2var_ps(table, k, more));
-  const native y = n_fma(n_fma(n_all(0.3334024f), r, n_all(-0.500050571f)), r, n_all(1.0f));
-  return n_fma(y, r, base);
+  const native r = n_fma(m, _mm512_permutexvar_ps(k, _mm512_load_ps(kInverseTable)), n_all(-1.0f));
+  const native base = _mm512_permutexvar_ps(k, _mm512_load_ps(kLogTable));
+  const native y = n_fma(n_fma(n_all(0.333609774f), r, n_all(-0.500202369f)), r, n_all(0.999999921f));
+  return n_fma(y, r, n_fma(_mm512_getexp_ps(x), n_all(0.693147181f), base));
 #else
 #if KD_LEVEL == KD_IS_avx2
   const __m256i k = _mm256_srai_epi32(_mm256_sub_epi32(n_bits(x), _mm256_set1_epi32(0x3f400000)), 23);

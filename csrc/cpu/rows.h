@@ -17,71 +17,75 @@ inline RowNumbers numbers_of(const Task& task, const Row& row) {
   return {normaliser_of(row.s, task.per_t), normaliser_of(row.t, task.per_t), task.per_t};
 }
 
-// The two sides of one vector.
-template <class V>
-struct Pair {
-  V lp, lq, p, q;
-};
-
-// Log-probabilities and clamped exponentials. kCareful: an entry that is -inf, or finite but so low that it
-// can only be a mask, counts as kMasked (products of it with 1.6e-38, the smallest exponential, would still
-// be numbers).
-template <bool kCareful, class V>
-KD_INLINE Pair<V> pair_of(V zs, V zt, const RowNumbers& r) {
-  const V inverse = V::all(r.per_t), masked = V::all(kMasked), hopeless = V::all(kHopeless);
+// Log-probabilities and clamped exponentials of n elements (a multiple of kStep), in X's order. kCareful: an
+// entry that is -inf, or finite but so low that it can only be a mask, counts as kMasked (products of it
+// with 1.6e-38, the smallest exponential, would still be numbers).
+template <class X, bool kCareful>
+KD_NOINLINE void probabilities(const void* student, const void* teacher, int n, const RowNumbers& r,
+                               Sides& to) {
+  const auto *s = (const typename X::stored*)student, *t = (const typename X::stored*)teacher;
   const Exp exp_1(1.0f);
-  Pair<V> x;
-  x.lp = fma(zt - V::all(r.teacher.reference), inverse, V::all(-r.teacher.log));
-  x.lq = fma(zs - V::all(r.student.reference), inverse, V::all(-r.student.log));
-  if (kCareful) {
-    x.lp = select(lt(x.lp, hopeless), masked, x.lp);
-    x.lq = select(lt(x.lq, hopeless), masked, x.lq);
+  const vf inverse = vf::all(r.per_t), masked = vf::all(kMasked), hopeless = vf::all(kHopeless);
+  const vf ref_s = vf::all(r.student.reference), log_s = vf::all(-r.student.log);
+  const vf ref_t = vf::all(r.teacher.reference), log_t = vf::all(-r.teacher.log);
+  for (int i = 0; i < n; i += kStep) {
+    vf zs[2], zt[2];
+    X::load2(s + i, zs);
+    X::load2(t + i, zt);
+    for (int h = 0; h < 2; ++h) {
+      vf lp = fma(zt[h] - ref_t, inverse, log_t), lq = fma(zs[h] - ref_s, inverse, log_s);
+      if (kCareful) {
+        lp = select(lt(lp, hopeless), masked, lp);
+        lq = select(lt(lq, hopeless), masked, lq);
+      }
+      lp.store(to.lp + i + h * kWidth);
+      lq.store(to.lq + i + h * kWidth);
+      vf{exp_1.clamped(lp.v)}.store(to.p + i + h * kWidth);
+      vf{exp_1.clamped(lq.v)}.store(to.q + i + h * kWidth);
+    }
   }
-  x.p = {exp_1.clamped(x.lp.v)};
-  x.q = {exp_1.clamped(x.lq.v)};
-  return x;
+}
+
+// Fills task.sides from a block.
+inline void sides_of(const Task& task, const Row& row, const Block& b, const RowNumbers& r) {
+  const bool bf16_rows = !b.staged && task.args->dtype == KD_BF16;
+  const auto fill = row.careful ? probabilities<f32, true>
+                    : bf16_rows ? probabilities<bf16, false>
+                                : probabilities<f32, false>;
+  fill(b.student, b.teacher, b.padded, r, *task.sides);
 }
 
 struct TermGrad {
   double term, grad;
 };
 
-// Of n elements; grad is kept. A partial last vector is masked out of the sums (staged blocks, natural order,
-// only).
-template <class X, class D, int kMode, bool kCareful>
-KD_NOINLINE TermGrad stats_block(const void* student, const void* teacher, int n, const RowNumbers& r,
-                                 Parameters given, float* kept, Ahead) {
+struct Lanes {
+  double term[kWidth], grad[kWidth];
+};
+
+// Adds term and grad of n elements to `to`; grad is kept.
+template <class D, int kMode, bool kCareful>
+KD_NOINLINE void stats_block(const Sides& x, int n, Parameters given, float* kept, Lanes& to) {
   typedef vec<kMode> V;
-  const auto *s = (const typename X::stored*)student, *t = (const typename X::stored*)teacher;
   const V a = V::all(given.a), b = V::all(given.b), zero = V::all(0);
   Running<kCareful || kLongLanes, V> term, grad;
-  const auto body = [&](V zs, V zt, int i, auto lanes) __attribute__((always_inline)) {
-    const Pair<V> x = pair_of<kCareful, V>(zs, zt, r);
-    const V g = D::grad(x.lp, x.lq, x.p, x.q, a, b);
-    term.add(select(lanes, D::term(x.lp, x.lq, x.p, x.q, a, b), zero));
+  for_vectors(n, [&](int i, auto lanes) {
+    const V lp = V::load(x.lp + i), lq = V::load(x.lq + i), p = V::load(x.p + i), q = V::load(x.q + i);
+    const V g = D::grad(lp, lq, p, q, a, b);
+    term.add(select(lanes, D::term(lp, lq, p, q, a, b), zero));
     grad.add(select(lanes, g, zero));
     g.store(kept + i);
-  };
-  int i = 0;
-  for (; i + kStep <= n; i += kStep) {
-    vf zs[2], zt[2];
-    X::load2(s + i, zs);
-    X::load2(t + i, zt);
-    for (int h = 0; h < 2; ++h) body(V{zs[h].v}, V{zt[h].v}, i + h * kWidth, everywhere{});
-  }
-  for (; i < n; i += kWidth) {
-    body(V{X::load(s + i).v}, V{X::load(t + i).v}, i, first_lanes(n - i < kWidth ? n - i : kWidth));
-  }
-  return {sum(term.total.v), sum(grad.total.v)};
+  });
+  add_lanes(to.term, {term.total.v});
+  add_lanes(to.grad, {grad.total.v});
 }
 
 // A divergence's row functions. `quick` leaves out the series for small differences: its sum is off by some
 // 1e-7 nats, so a row whose divergence comes out small is summed again by `precise`. Only divergences whose
 // plain form is that good are quick; for a newcomer the two are one.
-typedef TermGrad (*StatsBlock)(const void*, const void*, int, const RowNumbers&, Parameters, float*, Ahead);
+typedef void (*StatsBlock)(const Sides&, int, Parameters, float*, Lanes&);
 struct RowFunctions {
-  StatsBlock quick[2], precise[2];  // of floats, of bf16
-  StatsBlock careful;               // of floats
+  StatsBlock quick, precise, careful;  // careful: for rows with masked entries
 };
 
 constexpr bool same(const char* a, const char* b) {
@@ -96,13 +100,11 @@ constexpr bool plain_form_is_good() {
          same(D::name, "skew_kl") || same(D::name, "skew_reverse_kl");
 }
 
-#define KD_TYPES(D, mode) {stats_block<f32, D, mode, false>, stats_block<bf16, D, mode, false>}
 template <class D>
 constexpr RowFunctions functions_of() {
   constexpr int kMode = plain_form_is_good<D>() ? kQuick : kPrecise;
-  return {KD_TYPES(D, kMode), KD_TYPES(D, kPrecise), stats_block<f32, D, kPrecise, true>};
+  return {stats_block<D, kMode, false>, stats_block<D, kPrecise, false>, stats_block<D, kPrecise, true>};
 }
-#undef KD_TYPES
 
 #define KD_ROW(name, id) functions_of<name>(),
 static constexpr RowFunctions kRowFunctions[] = {KD_FOR_EACH_DIVERGENCE(KD_ROW)};
@@ -114,18 +116,17 @@ constexpr int kDivergences = sizeof(kRowFunctions) / sizeof(kRowFunctions[0]);
 static constexpr Carry kCarries[] = {KD_FOR_EACH_DIVERGENCE(KD_CARRY)};
 #undef KD_CARRY
 
-// Sums of term and grad over a row, grad kept. `functions`: of floats, of bf16.
-inline TermGrad stats_of(const Task& task, const Row& row, const StatsBlock* functions) {
+// Sums of term and grad over a row, grad kept.
+inline TermGrad stats_of(const Task& task, const Row& row, StatsBlock block) {
   const RowNumbers numbers = numbers_of(task, row);
-  TermGrad total = {0, 0};
+  Lanes lanes;
+  memset(&lanes, 0, sizeof lanes);
   for (int64_t first = 0; first < task.args->vocab; first += kBlock) {
     const Block b = block_at(task, row, first, kMiddle);
-    const TermGrad x = functions[!b.staged && task.args->dtype == KD_BF16](
-        b.student, b.teacher, b.n, numbers, task.given, task.kept + first, b.ahead);
-    total.term += x.term;
-    total.grad += x.grad;
+    sides_of(task, row, b, numbers);
+    block(*task.sides, b.n, task.given, task.kept + first, lanes);
   }
-  return total;
+  return {total(lanes.term), total(lanes.grad)};
 }
 
 constexpr double kSmall = 1e-3;  // nats; below, a quick sum's error of 1e-7 would show
@@ -140,8 +141,8 @@ inline void gradient_of_grad(const Task& task, const Row& row, double total) {
 // D of a row whose normalisers are known; writes its gradient.
 inline double separable_row(const Task& task, const Row& row) {
   const RowFunctions& f = kRowFunctions[task.args->kernel];
-  TermGrad sums = stats_of(task, row, row.careful ? &f.careful : f.quick);
-  if (!row.careful && f.quick[0] != f.precise[0] && sums.term < kSmall) {
+  TermGrad sums = stats_of(task, row, row.careful ? f.careful : f.quick);
+  if (!row.careful && f.quick != f.precise && sums.term < kSmall) {
     sums.term = stats_of(task, row, f.precise).term;
   }
   if (row.gradient) gradient_of_grad(task, row, sums.grad);

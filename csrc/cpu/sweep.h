@@ -46,7 +46,7 @@ KD_NOINLINE bool sum_block(const void* student, const void* teacher, int n, floa
   const Exp exp_t(per_t);
   const vf ref_s = vf::all(to.ref_s), ref_t = vf::all(to.ref_t);
   Running<kLongLanes, vf> sum_s, sum_t, cross, weighted_s, weighted_t;
-  RangeCheck check = zero_check();
+  RangeCheck check = Exp::fresh();
   for (int i = 0; i < n; i += kStep) {
     vf zs[2], zt[2];
     X::load2(s + i, zs);
@@ -108,15 +108,15 @@ KD_NOINLINE void combine_block(const void* student, const float* kept, void* gra
   typedef typename X::stored stored;
   const stored* s = (const stored*)student;
   stored* out = (stored*)gradient;
-  const Exp exp_t(per_t);
-  const vf ref = vf::all(reference), wa = vf::all(a), wb = vf::all(b);
+  const Exp exp_t(per_t, a);
+  const vf ref = vf::all(reference), weight = vf::all(b);
   for (int i = 0; i < n; i += kStep) {
     prefetch(ahead.student, ahead.teacher, i * sizeof(stored));
     vf z[2];
     X::load2(s + i, z);
     for (int h = 0; h < 2; ++h) {
-      const vf e = {exp_t.clamped((z[h] - ref).v)};
-      z[h] = fma(e, wa, vf::load(kept + i + h * kWidth) * wb);
+      const vf e = {exp_t.scaled((z[h] - ref).v)};
+      z[h] = fma(vf::load(kept + i + h * kWidth), weight, e);
     }
     X::store2(out + i, z);
   }

@@ -13,12 +13,19 @@ struct References {
   float s, t;
 };
 
+// A block of both sides as divergences see it. Not a multiple of 4 KiB apart: loads wait for stores whose
+// addresses agree in the lower 12 bits.
+struct Sides {
+  float lp[kBlock + 32], lq[kBlock + 32], p[kBlock + 32], q[kBlock + 32];
+};
+
 struct Task {
   const kd_rows* args;
   Source student, teacher;
   Parameters given;
   float per_t;             // 1 / T
   float *zs, *zt, *out;    // a block each
+  Sides* sides;            // a block
   float* kept;             // a row
   References* references;  // one a block
 };
@@ -28,14 +35,15 @@ inline int64_t blocks_in(int64_t vocab) { return (vocab + kBlock - 1) / kBlock; 
 // Bytes of scratch that `carve` hands out.
 inline size_t scratch_bytes(int64_t vocab) {
   const size_t blocks = (size_t)blocks_in(vocab);
-  return (3 * kBlock + blocks * kBlock) * sizeof(float) + blocks * sizeof(References);
+  return sizeof(Sides) + (3 * kBlock + blocks * kBlock) * sizeof(float) + blocks * sizeof(References);
 }
 
 inline void carve(Task& task, void* scratch) {
   task.zs = (float*)scratch;
   task.zt = task.zs + kBlock;
   task.out = task.zt + kBlock;
-  task.kept = task.out + kBlock;
+  task.sides = (Sides*)(task.out + kBlock);
+  task.kept = (float*)(task.sides + 1);
   task.references = (References*)(task.kept + blocks_in(task.args->vocab) * kBlock);
 }
 

@@ -56,12 +56,6 @@ KD_INLINE native_int n_join16(native_int low, native_int high) {
   return _mm512_ternarylogic_epi32(_mm512_srli_epi32(low, 16), high, _mm512_set1_epi32((int)0xffff0000),
                                    0xf8);
 }
-// a | (b ^ c)
-KD_INLINE native_int n_or_difference(native_int a, native_int b, native_int c) {
-  return _mm512_ternarylogic_epi32(a, b, c, 0xf6);
-}
-// No bit of `which` is set in a.
-KD_INLINE bool n_none(native_int a, native_int which) { return _mm512_test_epi32_mask(a, which) == 0; }
 
 #elif KD_LEVEL == KD_IS_avx2
 
@@ -98,9 +92,11 @@ KD_INLINE native_int n_shift_down16(native_int a) { return _mm256_srli_epi32(a, 
 KD_INLINE native_int n_join16(native_int low, native_int high) {
   return _mm256_blend_epi16(_mm256_srli_epi32(low, 16), high, 0xaa);
 }
+// a | (b ^ c)
 KD_INLINE native_int n_or_difference(native_int a, native_int b, native_int c) {
   return _mm256_or_si256(a, _mm256_xor_si256(b, c));
 }
+// No bit of `which` is set in a.
 KD_INLINE bool n_none(native_int a, native_int which) { return _mm256_testz_si256(a, which); }
 
 #else
