@@ -18,6 +18,7 @@ import subprocess
 import sys
 from typing import Any
 
+import kdkernels as kd
 from benchmarks import checks, inputs, machine, rivals
 from benchmarks.runner import Runner
 from benchmarks.shapes import MEMORY, Case
@@ -41,6 +42,7 @@ def measure(case: Case, name: str) -> dict[str, Any]:
     if contestant.compiled:
         runner.once()
         given.reset()
+    kd.memory.release()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     machine.peak_window()

@@ -30,6 +30,7 @@ def resident(field: str) -> int:
 
 def peak_of(call: Callable[[], Any]) -> float:
     """MiB that ``call`` holds at most beyond what is resident before."""
+    kd.memory.release()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as file:
