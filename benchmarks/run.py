@@ -4,6 +4,9 @@ Times of a group of cases come from a process of their own, once with the defaul
 MALLOC_MMAP_MAX_=0: glibc then keeps large blocks instead of returning them to the system after each use, which spares
 out-of-place code the page faults. Memory comes from a process per measurement. `--lock FILE` holds a lock on a file
 while one of these processes runs, for a machine shared with other work.
+
+A full run takes about an hour. What is finished is noted in runs/bench.jsonl: a run that was stopped goes on there if
+neither commit, settings nor machine have changed.
 """
 
 from __future__ import annotations
@@ -19,11 +22,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from benchmarks import machine, memory, results, rivals, shapes
+from benchmarks.journal import Journal
 from benchmarks.shapes import Case
 
 ALLOCATORS = {"default": {}, "MALLOC_MMAP_MAX_=0": {"MALLOC_MMAP_MAX_": "0"}}
@@ -87,23 +92,26 @@ def groups(cases: list[Case]) -> list[tuple[str, list[Case]]]:
     ]
 
 
-def _times(cases: list[Case], options: argparse.Namespace) -> list[dict[str, Any]]:
+def _times(cases: list[Case], options: argparse.Namespace, journal: Journal) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for allocator, group in groups(cases):
-        with _alone(options.lock):
-            start = time.monotonic()
-            entries = time_group(group, allocator, shapes.effort(group[0], options.quick))
+        name = f"time {group[0].id} and {len(group) - 1} more, {allocator}"
+
+        def work(allocator: str = allocator, group: list[Case] = group) -> list[dict[str, Any]]:
+            with _alone(options.lock):
+                return time_group(group, allocator, shapes.effort(group[0], options.quick))
+
+        entries = journal.do(name, work)
         others = max(entry["disturbance"]["others"] for entry in entries)
-        _say(f"time {group[0].id} and {len(group) - 1} more, {allocator}: {time.monotonic() - start:.0f} s")
         if others > BUSY:
             _say(f"  {others:.0%} of the processors went to other processes: these figures mean little")
         found += entries
     return found
 
 
-def _memory(cases: list[Case], options: argparse.Namespace) -> list[dict[str, Any]]:
-    found = []
-    for case in cases:
+def _memory(cases: list[Case], options: argparse.Namespace, journal: Journal) -> list[dict[str, Any]]:
+    def work(case: Case) -> list[dict[str, Any]]:
+        entries = []
         for contestant in rivals.contestants(case):
             mine = contestant.name.startswith("ours")
             if rivals.absent(contestant, case) or (case.N > 2048 and not mine):
@@ -111,9 +119,10 @@ def _memory(cases: list[Case], options: argparse.Namespace) -> list[dict[str, An
             for allocator in ALLOCATORS if mine else ["default"]:
                 with _alone(options.lock):
                     entry = memory.in_fresh_process(case, contestant.name, ALLOCATORS[allocator])
-                found.append({**entry, "allocator": allocator})
-        _say(f"memory {case.id}")
-    return found
+                entries.append({**entry, "allocator": allocator})
+        return entries
+
+    return [entry for case in cases for entry in journal.do(f"memory {case.id}", partial(work, case))]
 
 
 def _say(text: str) -> None:
@@ -126,18 +135,26 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     started = time.monotonic()
     found: dict[str, Any] = {"commit": machine.commit(), "settings": vars(options), "cases": len(cases)}
     found["machine"] = _module("benchmarks.machine")
-    with _alone(options.lock):
-        found["limits"] = _module("benchmarks.floors")
+    settings = {**vars(options), "out": None, "commit": found["commit"], "machine": found["machine"]}
+    journal = Journal(machine.ROOT / "runs" / "bench.jsonl", settings, _say)
+
+    def alone(*words: str) -> Any:
+        with _alone(options.lock):
+            return _module(*words)
+
+    found["limits"] = journal.do("limits", partial(alone, "benchmarks.floors"))
     parts = options.parts.split(",")
     if "time" in parts:
-        found["time"] = _times(cases, options)
+        found["time"] = _times(cases, options, journal)
     if "memory" in parts and not options.quick:
-        found["memory"] = _memory(shapes.MEMORY, options)
+        found["memory"] = _memory(shapes.MEMORY, options, journal)
     if "errors" in parts:
-        with _alone(options.lock):
-            found["errors"] = _module("benchmarks.accuracy", *(["--quick"] if options.quick else []))
+        found["errors"] = journal.do(
+            "errors", partial(alone, "benchmarks.accuracy", *(["--quick"] if options.quick else []))
+        )
     found["sources"] = {c.name: c.source for c in rivals.everyone()}
     found["minutes"] = round((time.monotonic() - started) / 60, 1)
+    journal.close()
     return found
 
 

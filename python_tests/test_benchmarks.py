@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import golden
 import pytest
 import torch
 
 from benchmarks import accuracy, checks, floors, inputs, machine, registry, report, results, rivals, shapes, targets
+from benchmarks.journal import Journal
 from benchmarks.rivals import Contestant, eager
 from benchmarks.runner import Runner
 from benchmarks.shapes import MAIN, OTHERS, PARAMETERS, Case
@@ -334,3 +336,26 @@ def test_options_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert all(word in text for word in ("--quick", "--cases", "--out"))
     assert sys.executable not in text
+
+
+def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    def journal(**settings: Any) -> Journal:
+        return Journal(tmp_path / "runs" / "bench.jsonl", settings, said.append)
+
+    def fails() -> None:
+        raise AssertionError("was done before")
+
+    first = journal(commit="a")
+    assert first.do("one", lambda: [1]) == [1]
+    first.do("two", lambda: 2)
+    text = first.path.read_text()
+    first.path.write_text(text[:-5])  # stopped while writing
+    second = journal(commit="a")
+    assert second.do("one", fails) == [1]
+    assert second.do("two", lambda: 3) == 3
+    assert journal(commit="a").do("two", fails) == 3
+    assert journal(commit="b").do("one", lambda: 4) == 4
+    journal(commit="b").close()
+    assert not first.path.exists()
