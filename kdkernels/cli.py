@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from kdkernels import __version__
 from kdkernels.errors import UserError
 
 
@@ -44,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="kdkernels", description="Distillation of language models: fused losses, and the jobs built on them."
     )
+    parser.add_argument("--version", action="version", version=f"kdkernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     info = commands.add_parser("info", help="versions, backends, and why each is or is not available")
     info.add_argument("--json", action="store_true", help="print JSON")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import kdkernels
-from kdkernels import backends, native
+from kdkernels import backends, divergences, native
 
 
 def _version(package: str) -> str | None:
@@ -66,7 +66,7 @@ def describe() -> dict[str, Any]:
 
     Keys: kdkernels, torch, triton, python (versions; None: not installed), compiler (of the native build, or None),
     platform, threads, gpu, instruction_set (chosen; None without native kernels), isa_override (KDKERNELS_ISA),
-    build (`native.facts()`), backends: name -> {available, reason}.
+    divergences (names), build (`native.facts()`), backends: name -> {available, reason}.
     """
     facts = native.facts()
     return {
@@ -80,6 +80,7 @@ def describe() -> dict[str, Any]:
         "gpu": _gpu(),
         "instruction_set": native.isa() or None,
         "isa_override": os.environ.get("KDKERNELS_ISA") or None,
+        "divergences": list(divergences.names()),
         "build": facts,
         "backends": {name: _backend(name) for name in backends.BACKENDS},
     }
@@ -110,7 +111,7 @@ def render(as_json: bool = False) -> str:
         "machine": f"{facts['platform']}, {facts['threads']} threads, GPU: {facts['gpu'] or 'none'}",
         "instruction set": (facts["instruction_set"] or "none (no native kernels)") + override,
         "native build": _build_line(facts["build"]),
-        "divergences": ", ".join(facts["build"].get("kernels", {})) or "none compiled",
+        "divergences": ", ".join(facts["divergences"]),
     }
     lines = [f"{name:<17}{value}" for name, value in rows.items()]
     lines += ["", "backend          available"]

@@ -170,13 +170,11 @@ def distillation_loss(
     weights, counted, divisor = row_weights(options, leading, student.device, accumulation_dtype(student.dtype), vocab)
     kernel, serving = _resolve(divergence, backend, student.device.type, student.dtype)
     spec = RowSpec(kernel.name, kernel.a, kernel.b, float(temperature), vocab)
-    call = _Call(spec, weights, serving, return_stats)
+    call = _Call(spec, weights, serving, reduction == "none", return_stats)
     if isinstance(student, Tensor) and isinstance(teacher, Tensor):
         loss, stats = call.dense(student, teacher, inplace)
-        if reduction != "none":
-            loss = loss.sum(dtype=torch.float64).to(loss.dtype)  # independent of the number of threads
     else:
-        loss, stats = call.linear(student, teacher, chunk_bytes, reduction == "none")
+        loss, stats = call.linear(student, teacher, chunk_bytes)
     if divisor is not None:
         loss = loss / divisor
     if reduction == "none":
@@ -187,11 +185,14 @@ def distillation_loss(
     return DistillationOutput(loss, DistillationStats(*columns))
 
 
-@torch.compiler.assume_constant_result
 def _resolve(divergence: str | Divergence, backend: str, device: str, dtype: torch.dtype) -> tuple[Kernel, str]:
     """Element functions and backend of a call: the same for every call of a compiled graph, so not traced."""
     kernel = divergences.get(divergence).kernel()
     return kernel, backends.choose(backend, torch.device(device), dtype, kernel.name)
+
+
+# What torch.compiler.assume_constant_result does, which imports the compiler: a second and a half for everyone.
+_resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -201,6 +202,7 @@ class _Call:
     spec: RowSpec
     weights: RowWeights
     backend: str
+    per_row: bool
     need_stats: bool
 
     def dense(self, student: Tensor, teacher: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
@@ -213,6 +215,7 @@ class _Call:
             *self.weights,
             *self.spec,
             self.backend,
+            self.per_row,
             need_grad,
             self.need_stats,
         )
@@ -240,7 +243,7 @@ class _Call:
                 "False for logits that need a copy",
                 remedy,
             )
-        inputs = (rows, _rows(teacher), self.weights, self.spec, self.backend, self.need_stats)
+        inputs = (rows, _rows(teacher), self.weights, self.spec, self.backend, self.per_row, self.need_stats)
         loss, stats = DenseInPlace.apply(*inputs)  # type: ignore[no-untyped-call]
         return loss, stats
 
@@ -249,7 +252,6 @@ class _Call:
         student: Tensor | LinearLogits,
         teacher: Tensor | LinearLogits,
         chunk_bytes: int | None,
-        per_row: bool,
     ) -> tuple[Tensor, Tensor]:
         rows = math.prod(student.shape[:-1])  # two sides: logits that exist are gathered where not every row counts
         chunk = chunk_rows(rows, 2 * self.spec.vocab * student.dtype.itemsize, chunk_bytes)
@@ -257,7 +259,8 @@ class _Call:
         grad = torch.is_grad_enabled()
         needed = [grad and t is not None and t.requires_grad for t in sources[0][:3]]
         loss, *_, stats = torch.ops.kdkernels.linear(
-            *sources[0], *sources[1], *self.weights, *self.spec, chunk, self.backend, per_row, *needed, self.need_stats
+            *sources[0], *sources[1], *self.weights, *self.spec, chunk, self.backend,
+            self.per_row, *needed, self.need_stats,
         )  # fmt: skip
         return loss, stats
 

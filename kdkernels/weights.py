@@ -60,6 +60,8 @@ def row_weights(
         None if options.labels is None else _next_token(options.labels.to(torch.int64), options, options.ignore_index)
     )
     weight = None if options.token_weights is None else _next_token(options.token_weights.to(dtype), options, 0.0)
+    if labels is None and weight is None and not options.shift and not torch.compiler.is_compiling():
+        return _all_alike(options, leading.numel(), device, dtype)
     counted = torch.ones(leading, dtype=torch.bool, device=device)
     if options.shift:
         counted[..., -1:] = False
@@ -77,6 +79,23 @@ def row_weights(
     kd = (row * (options.kd_weight * options.kd_factor)).reshape(-1)
     ce = (row * options.ce_weight).reshape(-1) if options.ce_weight != 0 else None
     return RowWeights(kd, ce, None if labels is None else labels.reshape(-1)), counted.reshape(-1), divisor
+
+
+def _all_alike(
+    options: TokenOptions, rows: int, device: torch.device, dtype: torch.dtype
+) -> tuple[RowWeights, Tensor, Tensor | None]:
+    """`row_weights` where no token differs from another: the usual call without labels, in two small tensors."""
+    weight, divisor = options.kd_weight * options.kd_factor, None
+    if options.reduction == "mean":
+        items = max(rows, 1) if options.num_items is None else options.num_items
+        if options.divide_last or isinstance(items, Tensor):
+            divisor = torch.as_tensor(items, dtype=dtype, device=device)
+        else:
+            weight /= items
+    kd = torch.full((rows,), weight, dtype=dtype, device=device)
+    if divisor is not None and not options.divide_last:
+        kd, divisor = kd / divisor, None
+    return RowWeights(kd, None, None), torch.ones(rows, dtype=torch.bool, device=device), divisor
 
 
 def _next_token(values: Tensor, options: TokenOptions, fill: float) -> Tensor:

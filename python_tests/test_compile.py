@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -233,12 +234,13 @@ def test_without_gradient(backend: str) -> None:
         )
 
 
-def dense_arguments(backend: str, dtype: torch.dtype, grad: bool) -> tuple[Any, ...]:
+def dense_arguments(backend: str, dtype: torch.dtype, per_row: bool, grad: bool) -> tuple[Any, ...]:
     student, teacher = pair("ordinary", 4, 11, dtype)
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     w = torch.tensor([0.5, 0.0, 1.0, 2.0], dtype=acc)
     labels = torch.tensor([1, 2, 3, 4])
-    return (student.requires_grad_(grad), teacher, w, 0.1 * w, labels, "jsd", 0.5, 0.0, 2.0, 9, backend, grad, True)
+    given = student.requires_grad_(grad), teacher, w, 0.1 * w, labels
+    return (*given, "jsd", 0.5, 0.0, 2.0, 9, backend, per_row, grad, True)
 
 
 def linear_arguments(
@@ -262,8 +264,9 @@ def linear_arguments(
 
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck_of_dense(backend: str, dtype: torch.dtype, grad: bool) -> None:
-    torch.library.opcheck(torch.ops.kdkernels.dense, dense_arguments(backend, dtype, grad))
+@pytest.mark.parametrize("per_row", [False, True])
+def test_opcheck_of_dense(backend: str, per_row: bool, dtype: torch.dtype, grad: bool) -> None:
+    torch.library.opcheck(torch.ops.kdkernels.dense, dense_arguments(backend, dtype, per_row, grad))
 
 
 @pytest.mark.parametrize("form", ["linear/linear", "linear/logits", "logits/linear"])
@@ -278,7 +281,8 @@ def test_operators_on_fake_tensors_have_the_real_shapes(backend: str) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        every = [(torch.ops.kdkernels.dense, dense_arguments(backend, dtype, grad)) for grad in (False, True)]
+        choices = itertools.product((False, True), (False, True))
+        every = [(torch.ops.kdkernels.dense, dense_arguments(backend, dtype, *choice)) for choice in choices]
         for form in ("linear/linear", "linear/logits", "logits/linear"):
             for need in ((True, True, True), (False, True, False)):
                 every.append((torch.ops.kdkernels.linear, linear_arguments(backend, dtype, False, need, form)))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -68,3 +70,15 @@ def test_cuda_names_the_nearest_obstacle(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "nvcc was not found" in info.describe()["backends"]["cuda"]["reason"]
     facts["nvcc"] = "13.0"
     assert "no CUDA C++ kernels" in info.describe()["backends"]["cuda"]["reason"]
+
+
+def test_text_names_every_divergence() -> None:
+    row = next(line for line in info.render().splitlines() if line.startswith("divergences"))
+    assert row.split(None, 1)[1].split(", ") == list(kdkernels.divergences.names())
+    assert "adaptive_kl" in row
+
+
+def test_import_leaves_the_compiler_alone() -> None:
+    """Importing torch's compiler takes longer than all of kdkernels."""
+    code = "import sys, kdkernels; assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from kdkernels import memory
-from kdkernels.ops.library import EVERY_DEVICE, LIBRARY, once_differentiable, scale_by_incoming
+from kdkernels.ops.library import EVERY_DEVICE, LIBRARY, once_differentiable, scale_by_incoming, summed
 from kdkernels.ops.rows import STATS, RowSpec, Side, accumulation_dtype, divergence_rows_
 from kdkernels.weights import RowWeights
 
 LIBRARY.define(
     "dense(Tensor student, Tensor teacher, Tensor w_kd, Tensor? w_ce, Tensor? labels, str kernel, float a, float b, "
-    "float temperature, SymInt vocab, str backend, bool need_grad, bool need_stats) "
+    "float temperature, SymInt vocab, str backend, bool per_row, bool need_grad, bool need_stats) "
     "-> (Tensor loss, Tensor dlogits, Tensor stats)"
 )
 
@@ -43,10 +43,11 @@ def dense(
     temperature: float,
     vocab: int,
     backend: str,
+    per_row: bool,
     need_grad: bool,
     need_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted loss of each row, its gradient, statistics.
+    """Weighted loss, its gradient, statistics.
 
     Args:
         student, teacher: logits ``[N, >= vocab]``, same dtype, unit stride along the vocabulary, any row stride.
@@ -56,10 +57,11 @@ def dense(
         temperature: T > 0.
         vocab: entries that exist; columns beyond are padding.
         backend: one that serves (see `kdkernels.backends`).
+        per_row: ``loss`` is ``[N]``, otherwise its sum ``[]``.
         need_grad, need_stats: whether ``dlogits`` and ``stats`` are wanted; empty ``[0]`` otherwise.
 
     Returns:
-        ``loss [N]``, ``dlogits`` of the student's shape, ``stats [N, 6]``.
+        ``loss``, ``dlogits`` (of the sum, or of each row's loss: the same) of the student's shape, ``stats [N, 6]``.
     """
     loss, dlogits, stats = _outputs(student, need_grad, need_stats)
     divergence_rows_(
@@ -72,7 +74,7 @@ def dense(
         dlogits if need_grad else None,
         stats if need_stats else None,
     )
-    return loss, dlogits, stats
+    return loss if per_row else summed(loss), dlogits, stats
 
 
 LIBRARY.impl("dense", dense, EVERY_DEVICE)
@@ -80,8 +82,12 @@ LIBRARY.impl("dense", dense, EVERY_DEVICE)
 
 @torch.library.register_fake("kdkernels::dense", lib=LIBRARY)
 def _fake(student: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    need_grad, need_stats = args[-2:]
-    return _outputs(student, need_grad, need_stats)
+    per_row, need_grad, need_stats = args[-3:]
+    loss, dlogits, stats = _outputs(student, need_grad, need_stats)
+    return loss if per_row else loss.new_empty(()), dlogits, stats
+
+
+_INPUTS = 14
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -92,9 +98,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
 
 def _backward(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if d_loss is None:
-        return (None,) * 13
+        return (None,) * _INPUTS
     gradient = scale_by_incoming([ctx.saved_tensors[0]], d_loss)
-    return (*once_differentiable([*gradient]), *(None,) * 12)
+    return (*once_differentiable([*gradient]), *(None,) * (_INPUTS - 1))
 
 
 torch.library.register_autograd("kdkernels::dense", _backward, setup_context=_setup, lib=LIBRARY)
@@ -111,6 +117,7 @@ class DenseInPlace(torch.autograd.Function):
         weights: RowWeights,
         spec: RowSpec,
         backend: str,
+        per_row: bool,
         need_stats: bool,
     ) -> tuple[Tensor, Tensor]:
         buffer = student.detach()
@@ -122,11 +129,11 @@ class DenseInPlace(torch.autograd.Function):
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(buffer)
-        return loss, stats
+        return loss if per_row else summed(loss), stats
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         if d_loss is None:
-            return (None,) * 6
+            return (None,) * 7
         gradient = scale_by_incoming([ctx.saved_tensors[0]], d_loss)
-        return (*once_differentiable([*gradient]), *(None,) * 5)
+        return (*once_differentiable([*gradient]), *(None,) * 6)

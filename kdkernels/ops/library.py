@@ -38,6 +38,11 @@ def once_differentiable(gradients: list[Tensor | None]) -> list[Tensor | None]:
     return [None if g is None else next(guarded) for g in gradients]
 
 
+def summed(loss: Tensor) -> Tensor:
+    """The sum ``[]`` of the rows' losses ``[N]``, in float64: it does not depend on the number of threads."""
+    return loss.sum(dtype=torch.float64).to(loss.dtype)
+
+
 def scale_by_incoming(buffers: list[Tensor], incoming: Tensor) -> list[Tensor]:
     """The gradients in ``buffers`` times the gradient that reaches the loss, in place where nobody can tell.
 
@@ -53,9 +58,10 @@ def scale_by_incoming(buffers: list[Tensor], incoming: Tensor) -> list[Tensor]:
         return [(b * _like_rows(incoming, b)).to(b.dtype) for b in buffers]
     if _graph_is_retained():
         buffers = [b.clone() for b in buffers]
-    if incoming.device.type == "cpu" and incoming.numel() and bool((incoming == incoming.reshape(-1)[0]).all()):
-        incoming = incoming.reshape(-1)[0]  # the reductions' case; no factor per row, hence no promotion
-        if incoming == 1:
+    if incoming.device.type == "cpu":
+        if incoming.dim() and incoming.numel() and bool((incoming == incoming[0]).all()):
+            incoming = incoming[0]  # no factor per row, hence no promotion
+        if not incoming.dim() and incoming.item() == 1:
             return buffers
     with torch.no_grad():
         for b in buffers:

@@ -16,7 +16,7 @@ from torch import Tensor
 from kdkernels import memory
 from kdkernels.chunking import spans
 from kdkernels.ops import gemm
-from kdkernels.ops.library import EVERY_DEVICE, LIBRARY, once_differentiable, scale_by_incoming
+from kdkernels.ops.library import EVERY_DEVICE, LIBRARY, once_differentiable, scale_by_incoming, summed
 from kdkernels.ops.rows import STATS, RowSpec, Side, accumulation_dtype, divergence_rows_
 from kdkernels.weights import RowWeights
 
@@ -232,9 +232,7 @@ def linear(
     wanted = Wanted(False, False, False) if per_row else Wanted(need_input, need_weight, need_bias)
     with _without_autocast(student.device.type):
         loss, gradients, stats = plan.run(wanted, need_stats)
-    if not per_row:  # in float64 the sum does not depend on the number of threads
-        loss = loss.sum(dtype=torch.float64).to(loss.dtype)
-    return loss, *gradients.finish(), stats
+    return loss if per_row else summed(loss), *gradients.finish(), stats
 
 
 def _without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
