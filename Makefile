@@ -57,11 +57,12 @@ test: lint sanitize
 	$(PYTEST) -m "$(SUFFICIENT)"
 
 quick: $(VENV)/.installed
-	$(PYTEST) -m "not slow and $(SUFFICIENT)"
+	$(PYTEST) --quick -m "not slow and $(SUFFICIENT)"
 
 soak: $(VENV)/.installed
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m build_tools.sanitize thread
 	$(PYTEST) -m "soak"
+	HYPOTHESIS_PROFILE=soak $(PYTEST) python_tests/test_properties.py
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m demo

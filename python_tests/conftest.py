@@ -7,6 +7,7 @@ cannot serve is a failure of each of those tests, never a skip.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import hypothesis
@@ -23,12 +24,29 @@ hypothesis.settings.register_profile(
     max_examples=25,
     suppress_health_check=list(hypothesis.HealthCheck),
 )
-hypothesis.settings.register_profile("soak", parent=hypothesis.settings.get_profile("default"), max_examples=2000)
+hypothesis.settings.register_profile(
+    "soak", parent=hypothesis.settings.get_profile("default"), derandomize=False, max_examples=500
+)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--backends", default="", help="comma-separated; default: every backend that was built")
+    parser.addoption("--quick", action="store_true", help="only every k-th case of a test marked thin(k)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--quick"):
+        return
+    seen: Counter[str] = Counter()
+    kept, left = [], []
+    for item in items:
+        thin = item.get_closest_marker("thin")
+        test = item.nodeid.split("[")[0]
+        (kept if thin is None or seen[test] % thin.args[0] == 0 else left).append(item)
+        seen[test] += 1
+    items[:] = kept
+    config.hook.pytest_deselected(items=left)
 
 
 def _built() -> list[str]:

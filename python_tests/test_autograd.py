@@ -24,6 +24,7 @@ def small(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
 
 
 # gradcheck evaluates twice per input number: a few rows suffice
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=lambda d: d.name)
 def test_gradcheck_of_logits(backend: str, divergence: Divergence, reduction: str) -> None:

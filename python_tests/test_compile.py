@@ -55,6 +55,7 @@ def _leaf(x: Any) -> bool:
     return isinstance(x, Tensor) and x.requires_grad
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("compiler", BACKENDS)
 @pytest.mark.parametrize("divergence", [*ONE_OF_EACH, "jsd"], ids=str)
 def test_every_divergence(backend: str, compiler: str, divergence: Divergence | str) -> None:
@@ -77,6 +78,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("compiler", BACKENDS)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options(backend: str, compiler: str, name: str) -> None:
@@ -88,6 +90,7 @@ def test_options(backend: str, compiler: str, name: str) -> None:
     agree(loss, torch.compile(loss, fullgraph=True, backend=compiler), student.requires_grad_(), teacher)
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("compiler", BACKENDS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -262,6 +265,7 @@ def linear_arguments(
     )  # fmt: skip
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("per_row", [False, True])
@@ -269,6 +273,7 @@ def test_opcheck_of_dense(backend: str, per_row: bool, dtype: torch.dtype, grad:
     torch.library.opcheck(torch.ops.kdkernels.dense, dense_arguments(backend, dtype, per_row, grad))
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("form", ["linear/linear", "linear/logits", "logits/linear"])
 @pytest.mark.parametrize("need", [(True, True, True), (True, False, False), (False, False, False)], ids=str)
 @pytest.mark.parametrize("per_row", [False, True])

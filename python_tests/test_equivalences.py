@@ -77,6 +77,7 @@ def test_the_chunk_size_is_irrelevant(backend: str, dtype: torch.dtype, reductio
         assert near(chunked, whole, tolerance), rows
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 def test_cpp_is_eager(backend: str, divergence: Divergence, dtype: torch.dtype) -> None:
@@ -109,6 +110,7 @@ RUNS: dict[str, Callable[..., list[Tensor]]] = {
 }
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("run", RUNS)
 def test_repeated_runs_give_the_same_bits(backend: str, run: str, threads: Callable[[int], None]) -> None:
     options = {"backend": backend, "labels": torch.arange(64), "ce_weight": 0.5}
@@ -119,6 +121,7 @@ def test_repeated_runs_give_the_same_bits(backend: str, run: str, threads: Calla
             assert all(same(RUNS[run](dtype, **options), first) for _ in range(2))
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_the_number_of_threads_does_not_change_losses_of_logits(
     backend: str, reduction: str, threads: Callable[[int], None]

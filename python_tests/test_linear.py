@@ -39,6 +39,7 @@ def sides(form: str, rows: int, dtype: torch.dtype, **student: Any) -> tuple[Log
 FORMS = ("linear/linear", "linear/logits", "logits/linear")
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=lambda d: d.name)

@@ -25,6 +25,7 @@ def is_exempt(divergence: Divergence, kind: str) -> bool:
     return kind == "flat" and divergence.name == "adaptive_kl"
 
 
+@pytest.mark.thin(6)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 def test_float32(backend: str, divergence: Divergence, kind: str) -> None:
@@ -43,6 +44,7 @@ def test_finite_logits_are_never_altered(backend: str, divergence: Divergence) -
         check(student, teacher, divergence, backend=backend, temperature=0.05, reduction="none")
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("dtype", LOW_AND_DOUBLE, ids=str)
 @pytest.mark.parametrize("divergence", ONE_OF_EACH, ids=lambda d: d.name)
 def test_other_dtypes(backend: str, divergence: Divergence, dtype: torch.dtype) -> None:
@@ -53,6 +55,7 @@ def test_other_dtypes(backend: str, divergence: Divergence, dtype: torch.dtype) 
             check(student, teacher, divergence, backend=backend, temperature=0.7, reduction="sum")
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("rows", [0, 1, 7])
 @pytest.mark.parametrize("vocab", [1, 2, 127, 128, 129, 301])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -65,6 +68,7 @@ def test_tails(backend: str, vocab: int, rows: int, dtype: torch.dtype) -> None:
             check(student, teacher, divergence, backend=backend, labels=labels, ce_weight=0.5, temperature=2.0)
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("vocab", [50257, pytest.param(151936, marks=pytest.mark.slow)])
 def test_large_vocabularies(backend: str, vocab: int, dtype: torch.dtype) -> None:
@@ -86,6 +90,7 @@ SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.thin(5)
 @pytest.mark.parametrize("student_shape", SHAPES)
 def test_the_maximum_moves_along_the_row(backend: str, student_shape: str) -> None:
     """Kernels that go through a row in blocks carry a maximum that later blocks overtake."""
@@ -102,6 +107,7 @@ def test_the_maximum_moves_along_the_row(backend: str, student_shape: str) -> No
                 check(*sides, divergence, backend=backend, temperature=t, labels=labels, ce_weight=0.5)
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("vocab", [2048, 2100])
 def test_rows_of_several_blocks(backend: str, vocab: int, dtype: torch.dtype) -> None:
@@ -146,6 +152,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
@@ -259,6 +266,7 @@ def test_rows_that_do_not_count_may_hold_anything(backend: str, dtype: torch.dty
         check(student, teacher, divergence, backend=backend, **options)
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("padded", ["student", "teacher", "both"])
 def test_padding_of_the_vocabulary(backend: str, padded: str, dtype: torch.dtype) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import hypothesis.strategies as st
-import pytest
 import torch
 from cases import KINDS, ONE_OF_EACH, linear, pair
-from hypothesis import given, settings
+from hypothesis import given
 from oracle import check
 from torch import Tensor
 
@@ -44,8 +42,8 @@ def rows(student: Tensor, teacher: Tensor, divergence: Divergence, **options: An
     return loss.detach(), leaf.grad
 
 
-class Properties:
-    """Each test once in `make test`; `make soak` repeats them with many more examples."""
+class TestProperties:
+    """25 examples each in `make test`, always the same; 500 others each time in `make soak`."""
 
     @given(divergences, kinds, dtypes, temperatures, vocabularies, seeds)
     def test_values_and_gradients(
@@ -192,18 +190,3 @@ class Properties:
         assert torch.allclose(padded, plain, rtol=1e-6, atol=1e-7)
         assert torch.allclose(of_padded[:, :vocab], of_plain, rtol=1e-5, atol=1e-7)
         assert torch.equal(of_padded[:, vocab:], torch.zeros(3, ours))
-
-
-class TestSample(Properties):
-    """A few examples of each."""
-
-
-@pytest.mark.soak
-class TestSoak(Properties):
-    """Thousands of each."""
-
-    @pytest.fixture(autouse=True)
-    def _many(self) -> Iterator[None]:
-        settings.load_profile("soak")
-        yield
-        settings.load_profile("default")
