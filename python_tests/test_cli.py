@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,10 +140,13 @@ def test_a_signal_saves_and_resume_is_bit_identical(place: Path, tmp_path: Path,
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_and_resumed_it_is_bit_identical(place: Path, tmp_path: Path) -> None:
-    """SIGKILL, three times over, wherever it falls: what is acknowledged is there, the rest is done again."""
+@pytest.mark.parametrize("kills", [(2, 17, 31), pytest.param(range(1, 59), marks=pytest.mark.soak)], ids=["3", "58"])
+def test_killed_at_random_moments_and_resumed_it_is_bit_identical(
+    place: Path, tmp_path: Path, kills: Sequence[int]
+) -> None:
+    """SIGKILL, time and again, wherever it falls: what is acknowledged is there, the rest is done again."""
     options = {"steps": 60, "log-every": 1, "save-every": 3, "accumulate": 2}
-    for step in (2, 17, 31):
+    for step in kills:
         process = start(flags(place, tmp_path / "cut", **options, resume=True))
         wait_for(tmp_path / "cut", step, process)
         process.kill()
