@@ -1,0 +1,78 @@
+"""An emulator of PTX: runs compiled kernels on the CPU, checks what they do, and counts what it costs.
+
+Triton launches, through the seam of the package::
+
+    from ptx.triton_shim import Emulator
+    from kdkernels.triton import launch
+
+    emulator = Emulator(target=90)                       # 80, 90 or 100
+    monkeypatch.setattr(launch, "start", emulator.start)  # start(kernel, grid, arguments, options)
+    ...                                                   # call the backend with CPU tensors
+    report = emulator.reports[-1]
+    report.load_sectors, report.store_sectors             # 32-byte sectors
+    report.thread_instructions, report.special            # by threads; report.by_class(), report.by_opcode()
+    report.bank_conflicts, report.widths()                # {'load': {16}, 'store': {16}}
+
+    with emulator.poison():                               # torch.empty's memory may not be read before it is written
+        ...
+    Emulator(90, Settings(seed=3, noise=1.0))   # errors of ex2, lg2, rcp, ...: seed, share of the ISA's bound
+
+Any kernel, by its PTX::
+
+    from ptx import Settings, Unwritten, compile_cuda, run
+    report = run(ptx_text, grid, block, [tensor, Unwritten(output), 128, 1.5], shared=1024)
+
+Tensors and arrays are mapped in place: results are in them afterwards. Every tensor lives 64 GiB from the next, so an
+access beyond it, or into the gap between two rows of a strided one, is a fault; memory that no one touches costs
+nothing, so strides beyond 2^31 elements can be tested with `torch.empty`. Faults are subclasses of `ptx.Fault`
+(OutOfBounds, Misaligned, Uninitialised, SharedRace, BarrierDivergence, Divergence, Trap); what the emulator does not
+know is `ptx.Unsupported`, never a guess. Approximate functions err by up to what the ISA permits, reproducibly.
+
+Modules: parser (text to instructions), memory and shared (state spaces and their faults), traffic (sectors, banks),
+rounding and approximate (numerics), lanes (threads and registers), executor (divergence and barriers), instructions/
+(one file per family), report (counts), launch (arguments), compile (Triton and nvcc to PTX), triton_shim.
+"""
+
+from .approximate import Approximation
+from .compile import TARGETS, Compiled, compile_cuda, compile_triton
+from .errors import (
+    BarrierDivergence,
+    Divergence,
+    Fault,
+    Misaligned,
+    OutOfBounds,
+    ParseError,
+    PTXError,
+    SharedRace,
+    Trap,
+    Uninitialised,
+    Unsupported,
+)
+from .launch import Settings, Unwritten, run
+from .parser import parse
+from .report import Counts, Report
+
+__all__ = [
+    "TARGETS",
+    "Approximation",
+    "BarrierDivergence",
+    "Compiled",
+    "Counts",
+    "Divergence",
+    "Fault",
+    "Misaligned",
+    "OutOfBounds",
+    "PTXError",
+    "ParseError",
+    "Report",
+    "Settings",
+    "SharedRace",
+    "Trap",
+    "Uninitialised",
+    "Unsupported",
+    "Unwritten",
+    "compile_cuda",
+    "compile_triton",
+    "parse",
+    "run",
+]
