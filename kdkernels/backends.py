@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from kdkernels import native
+from kdkernels import native, triton
 from kdkernels._checks import fail, require_choice
 
 BACKENDS = ("eager", "cpp", "triton", "cuda")
@@ -31,6 +31,9 @@ def judge(backend: str, device: torch.device, dtype: torch.dtype, kernel: str) -
     """Whether ``backend`` computes the element function ``kernel`` for logits of this device and dtype."""
     if backend == "eager":
         return Verdict(backend, True, "plain torch, any device")
+    if backend == "triton":
+        why = triton.obstacle(device, dtype)
+        return Verdict(backend, not why, why or f"Triton kernels, {triton.version()}")
     if backend != "cpp":
         return Verdict(backend, False, f"the {backend} kernels of the losses are not part of this version")
     if device.type != "cpu":

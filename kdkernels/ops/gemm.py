@@ -64,9 +64,16 @@ def input_gradient_(dlogits: Tensor, weight: Tensor, out: Tensor) -> None:
 def add_weight_gradient_(dlogits: Tensor, hidden: Tensor, out: Tensor, first: bool) -> None:
     """``out [V, H] (+)= dlogits[C, V]^T hidden [C, H]``; ``first``: out holds nothing yet.
 
-    Where ``out`` is float32 and the operands are not, each product is rounded once to their dtype (a CPU has no GEMM
-    of bfloat16 operands with a float32 result) and the sum over chunks is exact to float32.
+    Where ``out`` is float32 and the operands are not, a GPU's GEMM adds to it without rounding; on a CPU, which has no
+    GEMM of bfloat16 operands with a float32 result, each product is rounded once to their dtype and the sum over
+    chunks is exact to float32.
     """
+    if out.is_cuda and out.dtype != dlogits.dtype:
+        if first:
+            torch.mm(dlogits.t(), hidden, out_dtype=out.dtype, out=out)
+        else:
+            torch.addmm(out, dlogits.t(), hidden, out_dtype=out.dtype, out=out)
+        return
     onednn = _onednn_float32(dlogits)
     if first and not onednn and out.dtype == dlogits.dtype:
         torch.mm(dlogits.t(), hidden, out=out)

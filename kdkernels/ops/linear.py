@@ -96,7 +96,8 @@ class Gradients:
         self.input = memory.empty(x, dtype, device)
         if wanted.input and not all_rows:
             self.input.zero_()
-        self.weight = memory.empty(weight, dtype if chunks <= ROUNDED_CHUNKS else acc, device)
+        rounded = ROUNDED_CHUNKS if device.type == "cpu" else 1  # a GPU's GEMM adds bfloat16 products to float32
+        self.weight = memory.empty(weight, dtype if chunks <= rounded else acc, device)
         self.bias = torch.zeros(bias, dtype=acc, device=device)
 
     def target(self, rows: Tensor | slice, x: Tensor) -> Tensor | None:
@@ -179,11 +180,21 @@ class Plan:
                     stats[rows] = part_stats
         return loss, gradients, stats
 
+    def _student_rows(self, rows: Tensor | slice) -> Tensor:
+        """The student's input. Hidden states of rows that do not count may be NaN, and 0 * NaN would reach the head's
+        gradient: on a CPU such rows are not among ``rows``, on a GPU they become 0 here."""
+        inputs = self.student.input[rows]
+        kd, ce, _ = self.weights
+        if kd.device.type == "cpu" or self.student.weight is None:
+            return inputs
+        counts = kd[rows] != 0 if ce is None else (kd[rows] != 0) | (ce[rows] != 0)
+        return torch.where(counts[:, None], inputs, 0)
+
     def _chunk(
         self, rows: Tensor | slice, buffers: list[Tensor | None], gradients: Gradients, need_stats: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Losses and statistics of some rows, whose share of the gradients is taken in."""
-        inputs = self.student.input[rows]
+        inputs = self._student_rows(rows)
         student = self.student.chunk(inputs, self.spec.vocab, buffers[0])
         teacher = self.teacher.chunk(self.teacher.input[rows], self.spec.vocab, buffers[1])
         weights = RowWeights(*(None if w is None else w[rows] for w in self.weights))  # type: ignore[arg-type]

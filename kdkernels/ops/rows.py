@@ -69,4 +69,9 @@ def divergence_rows_(
             loss, dlogits, stats,
         )  # fmt: skip
         return
+    if backend == "triton":
+        from kdkernels.triton import host  # imports triton
+
+        host.divergence_rows_(student, teacher, weights, spec, loss, dlogits, stats)
+        return
     eager.divergence_rows_(student, teacher, weights, spec, loss, dlogits, stats)

@@ -10,6 +10,7 @@ itself is the global `tl` of the device functions that `as_triton` makes: Triton
 from __future__ import annotations
 
 import functools
+import importlib
 import re
 import sys
 import types
@@ -82,8 +83,10 @@ def kl(p, q, d):
 
 
 @functools.cache
-def as_triton(function: Callable[..., Any]) -> Any:
+def as_triton(function: Callable[..., Any], quick: bool = False) -> Any:
     """The Triton device function of an element function (`Elements.term` or `.grad`); pass it as a constexpr.
+
+    ``quick``: exp does not hold its argument from below, for blocks of log-probabilities that are all above -87.
 
     Its code object is used as it stands, with this module for `tl`: no source is rewritten. One result per function,
     so that Triton's own caches hit. Under TRITON_INTERPRET=1 the result runs on the CPU.
@@ -92,7 +95,8 @@ def as_triton(function: Callable[..., Any]) -> Any:
     words = re.findall(r"\w+", " ".join(str(text) for text in function.__annotations__.values()))
     scope: dict[str, Any] = {word: _language.tensor for word in words if word in function.__globals__}
     scope.update({key: value for key, value in function.__globals__.items() if isinstance(value, types.ModuleType)})
-    scope.update({"tl": sys.modules[__name__], "triton_language": _language})
+    module = importlib.import_module("kdkernels.triton.quick") if quick else sys.modules[__name__]
+    scope.update({"tl": module, "triton_language": _language})
     rebuilt = types.FunctionType(function.__code__, scope, function.__name__)
     rebuilt.__module__ = function.__module__
     rebuilt.__qualname__ = function.__qualname__

@@ -1,0 +1,115 @@
+"""The row function in Triton: from tensors to a launch. No look at values, no allocation, no synchronisation."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kdkernels import divergences
+from kdkernels.triton import dense, launch
+from kdkernels.triton.element import as_triton
+
+if TYPE_CHECKING:
+    from kdkernels.ops.rows import RowSpec, Side
+    from kdkernels.weights import RowWeights
+
+LOOSE, SHIFTED, WHOLE = 0, 1, 2  # see kdkernels.triton.rows
+PLAIN, LINEAR, CAPPED = 0, 1, 2
+CARRIES = {"forward_kl": 1, "reverse_kl": 2}
+
+
+def divergence_rows_(
+    student: Side,
+    teacher: Side,
+    weights: RowWeights,
+    spec: RowSpec,
+    loss: Tensor,
+    dlogits: Tensor | None,
+    stats: Tensor | None,
+) -> None:
+    """Fill ``loss [C]``, ``dlogits [C, >= vocab]`` and ``stats [C, 6]``; see `kdkernels.ops.rows`."""
+    rows = loss.shape[0]
+    if rows == 0:
+        return
+    x = student.x
+    online = spec.kernel in CARRIES
+    sizes = launch.shape(spec.vocab, x.element_size(), online, launch.architecture(x.device))
+    arguments = {
+        **side("student", student),
+        **side("teacher", teacher),
+        **gradient(dlogits),
+        "loss": loss, "stats": stats, "w_kd": weights.kd, "w_ce": weights.ce, "labels": weights.labels,
+        **numbers(spec),
+        **elements(spec.kernel),
+        "CARRY": CARRIES.get(spec.kernel, 0), "COLD": weights.labels is not None and spec.temperature != 1,
+        "FORM_S": form(student), "FORM_T": form(teacher), **tiles(sizes, spec.vocab, x, teacher.x, dlogits),
+    }  # fmt: skip
+    with on(x.device):
+        launch.start(dense.dense_kernel, (rows, 1, 1), arguments, sizes.options())
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def side(name: str, given: Side) -> dict[str, Any]:
+    """A kernel's arguments about the student or the teacher."""
+    return {
+        name: given.x,
+        f"{name}_stride": given.x.stride(0),
+        f"{name}_bias": given.bias,
+        f"{name}_scale": float(given.scale),
+        f"{name}_cap": float(given.softcap),
+    }
+
+
+def gradient(dlogits: Tensor | None) -> dict[str, Any]:
+    """A kernel's arguments about the gradient."""
+    stride, vocab = (0, 0) if dlogits is None else (dlogits.stride(0), dlogits.shape[1])
+    return {"dlogits": dlogits, "dlogits_stride": stride, "dlogits_vocab": vocab}
+
+
+def numbers(spec: RowSpec) -> dict[str, Any]:
+    """Vocabulary, temperature and parameters. c is log2(e) / T."""
+    per_t = 1.0 / spec.temperature
+    return {"vocab": spec.vocab, "per_t": per_t, "c": per_t * math.log2(math.e), "a": float(spec.a), "b": float(spec.b)}
+
+
+def elements(kernel: str) -> dict[str, Any]:
+    """The element functions of a kernel name, with and without exp's clamp."""
+    functions = divergences.elements(kernel)
+    return {
+        "TERM": as_triton(functions.term),
+        "GRAD": as_triton(functions.grad),
+        "QUICK_TERM": as_triton(functions.term, True),
+        "QUICK_GRAD": as_triton(functions.grad, True),
+    }
+
+
+def form(given: Side) -> int:
+    """How a side's stored numbers become logits."""
+    if given.softcap:
+        return CAPPED
+    return PLAIN if given.bias is None and given.scale == 1 else LINEAR
+
+
+def tiles(sizes: launch.Shape, vocab: int, *operands: Tensor | None) -> dict[str, Any]:
+    """Tile and layout of a launch over these operands."""
+    present = [x for x in operands if x is not None]
+    size = present[0].element_size()
+    return {"LAYOUT": layout(vocab, present), "ROWS": 32 * sizes.warps, "VEC": launch.VECTOR // size}
+
+
+def layout(vocab: int, operands: list[Tensor]) -> int:
+    """Which loads the operands' addresses allow."""
+    size = operands[0].element_size()
+    starts = {x.data_ptr() % launch.VECTOR for x in operands}
+    strides = {x.stride(0) * size % launch.VECTOR if x.shape[0] > 1 else 0 for x in operands}
+    if starts == {0} and strides == {0} and vocab * size % launch.VECTOR == 0:
+        return WHOLE
+    return SHIFTED if len(starts) == 1 and len(strides) == 1 else LOOSE

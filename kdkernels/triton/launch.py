@@ -1,0 +1,60 @@
+"""How kernels are launched: the only table of tuned constants, and the one function every launch goes through.
+
+The constants were chosen by counting (compiled PTX executed, ptxas' report), not by measuring time:
+
+- A thread holds one 16-byte vector a side. Two took 12 registers more and saved 0.2 of 26 instructions a pair.
+- A row costs every thread about 450 instructions beside its entries (reductions, logarithms, the masked first tile).
+  At V = 131072 in bfloat16 that is 0.9, 1.8 and 3.6 a pair with 8, 16 and 32 warps.
+- The later sweeps find in L2 what all running rows leave there. With about 32 warps on a multiprocessor, 132 of them
+  and 40 MB of L2 to spend, W warps a row keep rows of up to 9.5 KB * W (both operands) there: so long rows get many
+  warps. Sweeps alternate in direction, so that a row that is too long still hits at its turning point.
+- The separable kernels hold 8 entries' intermediate values, up to 94 registers: at 32 warps (64 registers) they spill,
+  at 16 ptxas aims at 64 as well unless `maxnreg` says otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+VECTOR = 16
+"""Bytes of the widest load."""
+
+
+class Shape(NamedTuple):
+    """Threads of a program, and what ptxas may use."""
+
+    warps: int
+    maxnreg: int | None
+
+    def options(self) -> dict[str, Any]:
+        """Compile options of a launch. Contraction to fused multiply-adds is part of the kernels' arithmetic."""
+        options: dict[str, Any] = {"num_warps": self.warps, "num_stages": 1, "enable_fp_fusion": True}
+        return options if self.maxnreg is None else options | {"maxnreg": self.maxnreg}
+
+
+_BYTES_PER_WARP = {8: 6 * 1024, 9: 9728, 10: 12 * 1024}
+"""Bytes of a row pair for each of its warps that stay in L2, by major compute capability: A100 108 multiprocessors and
+40 MB, of which a side's half is near; H100 132 and 50 MB; B200 148 and 126 MB."""
+_WARPS = (4, 8, 16, 32)
+_MOST_SEPARABLE = 16
+
+
+def shape(vocab: int, itemsize: int, online: bool, major: int) -> Shape:
+    """For rows of ``vocab`` entries of ``itemsize`` bytes a side; ``online``: forward or reverse KL."""
+    pair, each = 2 * vocab * itemsize, _BYTES_PER_WARP.get(major, _BYTES_PER_WARP[9])
+    warps = next((w for w in _WARPS if pair <= each * w), _WARPS[-1])
+    if online:
+        return Shape(warps, None)
+    return Shape(min(warps, _MOST_SEPARABLE), 128 if warps >= _MOST_SEPARABLE else None)
+
+
+def architecture(device: torch.device) -> int:
+    """Major compute capability; 9 where there is no GPU to ask."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+
+
+def start(kernel: Any, grid: tuple[int, int, int], arguments: dict[str, Any], options: dict[str, Any]) -> None:
+    """Launch ``kernel``; tests put an emulator in its place."""
+    kernel[grid](**arguments, **options)

@@ -1,0 +1,308 @@
+"""The sweeps over a row that every divergence shares; see `rows` for tiles, sides and the meaning of x, c and R.
+
+A sweep takes ``student`` and ``teacher`` as sides (address, bias, scale, cap), ``span`` as (first place, end) and
+constexpr: the forms of both sides, LAYOUT, ROWS, VEC. Bytes: every sweep reads both operands once.
+"""
+
+# mypy: disable-error-code="no-untyped-def, import-untyped, no-untyped-call, index, call-overload, operator, arg-type"
+# mypy: disable-error-code="assignment, attr-defined, valid-type, misc, no-any-return"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kdkernels.triton.element import exp as clamped_exp
+from kdkernels.triton.rows import (
+    CAPPED, DOUBTFUL, FILL, FORWARD, HOPELESS, INFINITY, LOG2_E, MASKED, NOTHING, PLAIN, SHIFTED, add2, add3, add4, larger,
+    larger2, read, tile, within, write,
+)  # fmt: skip
+
+
+@triton.jit
+def gather(
+    acc, student, teacher, o, at, span, m_s, m_t, c,
+    CARRY: tl.constexpr, COLD: tl.constexpr, STATS: tl.constexpr, FORM_S: tl.constexpr, FORM_T: tl.constexpr,
+    LAYOUT: tl.constexpr, WHOLE_TILE: tl.constexpr,
+):  # fmt: skip
+    """Adds the tile that begins at place ``at`` to the sums of the first sweep."""
+    sum_s, sum_t, cross, spread, cold, heat_s, heat_t, top_s, at_s, top_t, at_t = acc
+    zs = read(student, o + at, span, FILL, FORM_S, LAYOUT, WHOLE_TILE, False)
+    zt = read(teacher, o + at, span, FILL, FORM_T, LAYOUT, WHOLE_TILE, False)
+    xs, xt = tl.fma(zs, c, -(m_s * c)), tl.fma(zt, c, -(m_t * c))
+    es, et = tl.exp2(xs), tl.exp2(xt)
+    sum_s += tl.sum(es, 1)
+    sum_t += tl.sum(et, 1)
+    if CARRY != NOTHING:
+        d = xt - xs
+        cross += tl.sum((et if CARRY == FORWARD else es) * d, 1)
+        spread += tl.sum(d * d, 1)
+    if COLD:
+        cold += tl.sum(tl.exp2((zs - m_s) * LOG2_E), 1)
+    if STATS:
+        heat_s += tl.sum(es * xs, 1)
+        heat_t += tl.sum(et * xt, 1)
+        best_s, best_t = tl.max(zs, 1), tl.max(zt, 1)
+        at_s, at_t = tl.where(best_s > top_s, at, at_s), tl.where(best_t > top_t, at, at_t)
+        top_s, top_t = tl.maximum(top_s, best_s), tl.maximum(top_t, best_t)
+    return sum_s, sum_t, cross, spread, cold, heat_s, heat_t, top_s, at_s, top_t, at_t
+
+
+@triton.jit
+def first_sweep(
+    student, teacher, span, c,
+    CARRY: tl.constexpr, COLD: tl.constexpr, STATS: tl.constexpr, FORM_S: tl.constexpr, FORM_T: tl.constexpr,
+    LAYOUT: tl.constexpr, ROWS: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """One sweep with the maximum of the first tile for a reference: any later maximum less than 87 nats above it is as
+    good, as float32 keeps its digits from 2^-126 to 2^127; a row for which that fails has sums that are not finite.
+
+    Returns whether the row is fine (no masked entries, no NaN), (reference, R, sum) of both sides, the cross term, the
+    sum at temperature 1, the sums of e x for entropies and, for the largest logits, the first tiles that hold them.
+    The square of x_t - x_s goes to infinity for a logit that is finite but hopeless.
+    """
+    o = tile(ROWS, VEC, LAYOUT)
+    size: tl.constexpr = ROWS * VEC
+    zs = read(student, o, span, -INFINITY, FORM_S, LAYOUT, False, False)
+    zt = read(teacher, o, span, -INFINITY, FORM_T, LAYOUT, False, False)
+    m_s, m_t = tl.reduce((tl.max(zs, 1), tl.max(zt, 1)), 0, larger2)
+    zero, start = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.int32)
+    none = zero - INFINITY
+    acc = (zero, zero, zero, zero, zero, zero, zero, none, start, none, start)
+    full = span[1] // size * size
+    acc = gather(acc, student, teacher, o, 0, span, m_s, m_t, c,
+                 CARRY, COLD, STATS, FORM_S, FORM_T, LAYOUT, False)  # fmt: skip
+    for at in range(size, full, size):
+        acc = gather(acc, student, teacher, o, at, span, m_s, m_t, c,
+                     CARRY, COLD, STATS, FORM_S, FORM_T, LAYOUT, True)  # fmt: skip
+    for at in range(tl.maximum(full, size), span[1], size):
+        acc = gather(acc, student, teacher, o, at, span, m_s, m_t, c,
+                     CARRY, COLD, STATS, FORM_S, FORM_T, LAYOUT, False)  # fmt: skip
+    cross, spread, cold, heat = 0.0, 0.0, 1.0, (0.0, 0.0)
+    if CARRY == NOTHING:
+        sum_s, sum_t = tl.reduce((acc[0], acc[1]), 0, add2)
+    else:
+        sum_s, sum_t, cross, spread = tl.reduce((acc[0], acc[1], acc[2], acc[3]), 0, add4)
+    if COLD:
+        cold = tl.sum(acc[4], 0)
+    if STATS:
+        heat = tl.reduce((acc[5], acc[6]), 0, add2)
+    fine = (tl.abs(cross) + spread + sum_s + sum_t + cold) < INFINITY
+    tops = (acc[7], acc[8], acc[9], acc[10])
+    return fine, (m_s, m_s * c, sum_s), (m_t, m_t * c, sum_t), cross, cold, heat, tops
+
+
+@triton.jit
+def first_place(side, span, top, at, FORM: tl.constexpr, LAYOUT: tl.constexpr, ROWS: tl.constexpr, VEC: tl.constexpr):
+    """The lowest index of the largest logit: ``top`` and ``at [ROWS]`` are each thread's largest and its tile."""
+    most = tl.max(top, 0)
+    first = tl.min(tl.where(top == most, at, 2147483647), 0)
+    o = first + tile(ROWS, VEC, LAYOUT)
+    z = read(side, o, span, -INFINITY, FORM, LAYOUT, False, False)
+    return tl.min(tl.min(tl.where(z == most, o, 2147483647), 1), 0) - span[0]
+
+
+@triton.jit
+def careful_tops(
+    student, teacher, span, FORM_S: tl.constexpr, FORM_T: tl.constexpr,
+    LAYOUT: tl.constexpr, ROWS: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """The largest logits of both sides (NaN where a row has one) and, per thread, of which tile."""
+    o = tile(ROWS, VEC, LAYOUT)
+    top_s = tl.full([ROWS], -INFINITY, tl.float32)
+    top_t, at_s, at_t = top_s, tl.zeros([ROWS], tl.int32), tl.zeros([ROWS], tl.int32)
+    for at in range(0, span[1], ROWS * VEC):
+        best_s = tl.reduce(read(student, o + at, span, -INFINITY, FORM_S, LAYOUT, False, False), 1, larger)
+        best_t = tl.reduce(read(teacher, o + at, span, -INFINITY, FORM_T, LAYOUT, False, False), 1, larger)
+        at_s, at_t = tl.where(best_s > top_s, at, at_s), tl.where(best_t > top_t, at, at_t)
+        top_s, top_t = larger(top_s, best_s), larger(top_t, best_t)
+    return top_s, at_s, top_t, at_t
+
+
+@triton.jit
+def careful_sums(
+    student, teacher, span, m_s, m_t, c, FORM_S: tl.constexpr, FORM_T: tl.constexpr,
+    LAYOUT: tl.constexpr, ROWS: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """Sums of e^x of both sides, of e^(z - m_s), and of e^x x of both sides, for any row; NaN where one is due."""
+    o = tile(ROWS, VEC, LAYOUT)
+    zero = tl.zeros([ROWS], tl.float32)
+    sum_s, sum_t, cold, heat_s, heat_t = zero, zero, zero, zero, zero
+    for at in range(0, span[1], ROWS * VEC):
+        ds = read(student, o + at, span, -INFINITY, FORM_S, LAYOUT, False, False) - m_s
+        dt = read(teacher, o + at, span, -INFINITY, FORM_T, LAYOUT, False, False) - m_t
+        es, et = tl.exp2(ds * c), tl.exp2(dt * c)
+        sum_s += tl.sum(es, 1)
+        sum_t += tl.sum(et, 1)
+        cold += tl.sum(tl.exp2(ds * LOG2_E), 1)
+        heat_s += tl.sum(tl.where(es == 0, 0.0, es * (ds * c)), 1)
+        heat_t += tl.sum(tl.where(et == 0, 0.0, et * (dt * c)), 1)
+    sum_s, sum_t, heat_s, heat_t = tl.reduce((sum_s, sum_t, heat_s, heat_t), 0, add4)
+    return sum_s, sum_t, tl.sum(cold, 0), (heat_s, heat_t)
+
+
+@triton.jit
+def log_prob(z, norm, per_t, MEND: tl.constexpr):
+    """Log-probabilities; MEND: a masked entry's is -1e4 (NaN compares false and stays)."""
+    l = tl.fma(z, per_t, -norm[0]) - norm[1]
+    if MEND:
+        l = tl.where(l < HOPELESS, MASKED, l)
+    return l
+
+
+@triton.jit
+def add_kahan(total, lost, x):
+    y = x - lost
+    after = total + y
+    return after, (after - total) - y
+
+
+@triton.jit
+def add_stats(
+    sums, zs, zt, o, span, norm_s, norm_t, per_t, a, b,
+    TERM: tl.constexpr, GRAD: tl.constexpr, CAREFUL: tl.constexpr, LAYOUT: tl.constexpr, WHOLE_TILE: tl.constexpr,
+):  # fmt: skip
+    lq, lp = log_prob(zs, norm_s, per_t, CAREFUL), log_prob(zt, norm_t, per_t, CAREFUL)
+    term, grad, product = TERM(lp, lq, a, b), GRAD(lp, lq, a, b), lp * lq
+    if not WHOLE_TILE:
+        inside = within(o, span[0], span[1], LAYOUT)
+        term, grad = tl.where(inside, term, 0.0), tl.where(inside, grad, 0.0)
+        product = tl.where(inside, product, 0.0)
+    if CAREFUL:  # one masked entry may cost 1e4 nats beside thousands of 1e-7
+        term, lost_term = add_kahan(sums[0], sums[2], tl.sum(term, 1))
+        grad, lost_grad = add_kahan(sums[1], sums[3], tl.sum(grad, 1))
+        return term, grad, lost_term, lost_grad
+    else:
+        return sums[0] + tl.sum(term, 1), sums[1] + tl.sum(grad, 1), sums[2] + tl.sum(product, 1), sums[3]
+
+
+@triton.jit
+def whole_tiles(span, CAREFUL: tl.constexpr, LAYOUT: tl.constexpr, SIZE: tl.constexpr):
+    """(end, begin) of the places that whole tiles cover; the careful sweeps take every tile with a mask."""
+    full, first = 0, 0
+    if not CAREFUL:
+        full = span[1] // SIZE * SIZE
+        if LAYOUT == SHIFTED:
+            first = tl.minimum(full, SIZE)
+    return full, first
+
+
+@triton.jit
+def stats_sweep(
+    student, teacher, span, norm_s, norm_t, per_t, a, b,
+    TERM: tl.constexpr, GRAD: tl.constexpr, CAREFUL: tl.constexpr, FORM_S: tl.constexpr, FORM_T: tl.constexpr,
+    LAYOUT: tl.constexpr, ROWS: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """Sums of term and grad, and whether they can be trusted, which not CAREFUL asks: a hopeless logit makes the sum of
+    lp lq large, unless the other side has all its mass there, and then counts as it should. From the row's end: what
+    the sweep before read last is still in the cache."""
+    o = tile(ROWS, VEC, LAYOUT)
+    size: tl.constexpr = ROWS * VEC
+    zero = tl.zeros([ROWS], tl.float32)
+    sums = (zero, zero, zero, zero)
+    full, first = whole_tiles(span, CAREFUL, LAYOUT, size)
+    for at in range(full, span[1], size):
+        zs = read(student, o + at, span, FILL, FORM_S, LAYOUT, False, False)
+        zt = read(teacher, o + at, span, FILL, FORM_T, LAYOUT, False, False)
+        sums = add_stats(sums, zs, zt, o + at, span, norm_s, norm_t, per_t, a, b, TERM, GRAD, CAREFUL, LAYOUT, False)
+    if not CAREFUL:
+        for back in range(0, full - first, size):
+            at = full - size - back
+            zs = read(student, o + at, span, FILL, FORM_S, LAYOUT, True, False)
+            zt = read(teacher, o + at, span, FILL, FORM_T, LAYOUT, True, False)
+            sums = add_stats(sums, zs, zt, o, span, norm_s, norm_t, per_t, a, b, TERM, GRAD, False, LAYOUT, True)
+        for at in range(0, first, size):
+            zs = read(student, o + at, span, FILL, FORM_S, LAYOUT, False, False)
+            zt = read(teacher, o + at, span, FILL, FORM_T, LAYOUT, False, False)
+            sums = add_stats(sums, zs, zt, o + at, span, norm_s, norm_t, per_t, a, b, TERM, GRAD, False, LAYOUT, False)
+    if CAREFUL:
+        term, grad = tl.reduce((sums[0], sums[1]), 0, add2)
+        return term, grad, True
+    else:
+        term, grad, product = tl.reduce((sums[0], sums[1], sums[2]), 0, add3)
+        return term, grad, (tl.abs(term) + tl.abs(grad) + product) < DOUBTFUL
+
+
+@triton.jit
+def put(
+    to, g, z, o, span, at, student, ce, label, cold,
+    COLD: tl.constexpr, FORM_S: tl.constexpr, LAYOUT: tl.constexpr, WHOLE_TILE: tl.constexpr,
+):  # fmt: skip
+    """Stores a tile of the gradient, after the label's share and the chain rule of the student's form."""
+    if COLD:
+        g += tl.exp2((z - cold[0]) * LOG2_E) * (ce * cold[1])
+    if label is not None:
+        if (label >= at) & (label < at + o.shape[0] * o.shape[1]):
+            g = tl.where(o == label, g - ce, g)
+    if FORM_S == CAPPED:
+        u = z * (1.0 / student[3])
+        g *= 1.0 - u * u
+    if FORM_S != PLAIN:
+        g *= student[2]
+    write(to, o, span, g, LAYOUT, WHOLE_TILE)
+
+
+@triton.jit
+def online_gradient(zs, zt, numbers, CARRY: tl.constexpr):
+    """Gradient of forward or reverse KL: ``numbers`` is (c, R of both sides, weights of e^xs and of the rest)."""
+    c, r_s, r_t, w_s, w_t = numbers
+    xs, xt = tl.fma(zs, c, -r_s), tl.fma(zt, c, -r_t)
+    if CARRY == FORWARD:
+        return tl.fma(tl.exp2(xs), w_s, tl.exp2(xt) * w_t)
+    else:
+        return tl.exp2(xs) * tl.fma(xt - xs, w_t, w_s)
+
+
+@triton.jit
+def separable_gradient(zs, zt, numbers, GRAD: tl.constexpr, CAREFUL: tl.constexpr):
+    """``grad k + q w``: numbers is (both normalisers, 1 / T, a, b, k, w)."""
+    norm_s, norm_t, per_t, a, b, k, w = numbers
+    lq, lp = log_prob(zs, norm_s, per_t, CAREFUL), log_prob(zt, norm_t, per_t, CAREFUL)
+    q = clamped_exp(lq) if CAREFUL else tl.exp2(lq * LOG2_E)
+    return tl.fma(q, w, GRAD(lp, lq, a, b) * k)
+
+
+@triton.jit
+def gradient_tile(
+    to, student, teacher, o, at, span, numbers, ce, label, cold,
+    GRAD: tl.constexpr, CARRY: tl.constexpr, CAREFUL: tl.constexpr, COLD: tl.constexpr,
+    FORM_S: tl.constexpr, FORM_T: tl.constexpr, LAYOUT: tl.constexpr, WHOLE_TILE: tl.constexpr,
+):  # fmt: skip
+    zs = read(student, o + at, span, FILL, FORM_S, LAYOUT, WHOLE_TILE, True)
+    zt = read(teacher, o + at, span, FILL, FORM_T, LAYOUT, WHOLE_TILE, True)
+    if CARRY == NOTHING:
+        g = separable_gradient(zs, zt, numbers, GRAD, CAREFUL)
+    else:
+        g = online_gradient(zs, zt, numbers, CARRY)
+    put(to, g, zs, o + at, span, at, student, ce, label, cold, COLD, FORM_S, LAYOUT, WHOLE_TILE)
+
+
+@triton.jit
+def gradient_sweep(
+    to, student, teacher, span, numbers, ce, label, cold,
+    GRAD: tl.constexpr, CARRY: tl.constexpr, CAREFUL: tl.constexpr, COLD: tl.constexpr,
+    FORM_S: tl.constexpr, FORM_T: tl.constexpr, LAYOUT: tl.constexpr, ROWS: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """Writes the gradient: ``to`` may be the student's address. ``numbers``: see the two gradients; ``ce`` the weight
+    of the label's loss, ``label`` its place (None: no labels), ``cold`` the student's top and 1 / sum at temperature 1.
+    """
+    o = tile(ROWS, VEC, LAYOUT)
+    size: tl.constexpr = ROWS * VEC
+    full, first = whole_tiles(span, CAREFUL, LAYOUT, size)
+    if CARRY == NOTHING:  # the sweep before ended at the row's begin
+        for at in range(0, first, size):
+            gradient_tile(to, student, teacher, o, at, span, numbers, ce, label, cold,
+                          GRAD, CARRY, CAREFUL, COLD, FORM_S, FORM_T, LAYOUT, False)  # fmt: skip
+        for at in range(first, full, size):
+            gradient_tile(to, student, teacher, o, at, span, numbers, ce, label, cold,
+                          GRAD, CARRY, CAREFUL, COLD, FORM_S, FORM_T, LAYOUT, True)  # fmt: skip
+    for at in range(full, span[1], size):
+        gradient_tile(to, student, teacher, o, at, span, numbers, ce, label, cold,
+                      GRAD, CARRY, CAREFUL, COLD, FORM_S, FORM_T, LAYOUT, False)  # fmt: skip
+    if CARRY != NOTHING:  # ended at the row's end
+        for back in range(0, full - first, size):
+            gradient_tile(to, student, teacher, o, full - size - back, span, numbers, ce, label, cold,
+                          GRAD, CARRY, CAREFUL, COLD, FORM_S, FORM_T, LAYOUT, True)  # fmt: skip
+        for at in range(0, first, size):
+            gradient_tile(to, student, teacher, o, at, span, numbers, ce, label, cold,
+                          GRAD, CARRY, CAREFUL, COLD, FORM_S, FORM_T, LAYOUT, False)  # fmt: skip
