@@ -40,7 +40,9 @@ class Approximation:
         """2^x: within 2 ulp; ex2(0) = 1 (also of subnormals), ex2(-inf) = 0."""
         exact = np.exp2(x, dtype=np.float64)
         if self.noise:
-            exact += self._ulp(exact) * self.share(x, 1) * (1.5 * (np.abs(x) >= 2.0**-126))
+            most = np.minimum(1.5 * self._ulp(exact), exact)  # never below 0
+            most[np.abs(x) < 2.0**-126] = 0.0
+            exact += most * self.share(x, 1)
         return exact.astype(np.float32)
 
     def lg2(self, x: Array) -> Array:
@@ -96,7 +98,7 @@ class Approximation:
 
     def _within(self, exact: Array, x: Array, salt: int, ulps: float) -> Array:
         if self.noise:
-            exact = exact + self._ulp(exact) * np.where(exact == 0, 0.0, self.share(x, salt) * ulps)
+            exact = np.where(exact == 0, exact, exact + self._ulp(exact) * (self.share(x, salt) * ulps))
         return exact.astype(np.float32)
 
     def _absolute(self, exact: Array, x: Array, salt: int, bound: float) -> Array:

@@ -246,6 +246,7 @@ def _smallest_shared_access(kernel: Kernel) -> int:
     return smallest
 
 
+_TWO_TYPES = {"cvt", "set", "add", "sub", "fma"}
 _REGISTRY: dict[str, tuple[Builder, frozenset[str]]] = {}
 
 
@@ -269,6 +270,8 @@ def bind(lanes: Lanes, instruction: Instruction) -> Step:
         for modifier in instruction.modifiers:
             if modifier not in allowed and modifier not in BITS:
                 raise Unsupported(f"modifier .{modifier} of `{instruction.text}`")
+        if sum(modifier in BITS for modifier in instruction.modifiers) > (2 if instruction.opcode in _TWO_TYPES else 1):
+            raise Unsupported(f"several types in `{instruction.text}`")
     try:
         return builder(lanes, instruction)
     except (Unsupported, KeyError, IndexError, ValueError) as error:

@@ -43,7 +43,7 @@ def run(
     *,
     name: str | None = None,
     shared: int = 0,
-    settings: Settings = Settings(),
+    settings: Settings | None = None,
     memory: GlobalMemory | None = None,
 ) -> Report:
     """Executes a kernel, writing into the tensors and arrays given, and returns its counts.
@@ -51,6 +51,7 @@ def run(
     `arguments` in the kernel's order: CPU torch tensors and numpy arrays (mapped in place), `Unwritten(...)` of one, or
     numbers (None and missing trailing ones count as 0). `shared`: bytes of dynamic shared memory. Raises PTXError.
     """
+    settings = settings or Settings()
     kernel = parse(source, name) if isinstance(source, str) else source
     memory = memory or GlobalMemory()
     values = [*arguments, *[0] * (len(kernel.parameters) - len(arguments))]

@@ -84,7 +84,7 @@ class GlobalMemory:
     def __init__(self) -> None:
         self.allocations: list[Allocation] = []
         self._firsts: list[int] = []
-        self._next = FIRST_WINDOW
+        self._next = FIRST_WINDOW + WINDOW
 
     def add_tensor(self, tensor: Any, name: str = "") -> Allocation:
         """Maps a CPU torch tensor, in place. Raises ValueError for tensors on other devices."""
@@ -113,7 +113,7 @@ class GlobalMemory:
         layout, run = _gaps(dims, item)
         allocation = Allocation(name, first, first + extent, np.frombuffer(raw, np.uint8), layout, run, owner)
         self.allocations.append(allocation)
-        self._firsts.append(self._next)
+        self._firsts.append(self._next - WINDOW // 2)
         self._next += -(-(extent + WINDOW) // WINDOW) * WINDOW
         return allocation
 

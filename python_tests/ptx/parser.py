@@ -157,7 +157,7 @@ def _module_variables(kernel: Kernel, text: str) -> None:
     for match in re.finditer(r"\.extern\s+\.shared\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[\s*\]", text):
         kernel.dynamic = (*kernel.dynamic, match[2])
         kernel.dynamic_alignment = max(kernel.dynamic_alignment, int(match[1]))
-    for match in re.finditer(r"^[ \t]*(?:\.visible\s+)?(\.shared\s[^;]*);", text, re.MULTILINE):
+    for match in re.finditer(r"(?:^|(?<=[;\n]))\s*(?:\.visible\s+|\.weak\s+)?(\.shared\s[^;]*)(?=;)", text):
         _variable(kernel, match[1])
     pattern = r"\.(?:global|const)\s+(?:\.align\s+\d+\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d+)\])?\s*=\s*\{?([^;}]*)\}?\s*;"
     for match in re.finditer(pattern, text):

@@ -33,10 +33,18 @@ def cvt(lanes: Lanes, instruction: Instruction) -> Step:
     flush = instruction.has("ftz")
 
     def step(mask: Mask) -> None:
-        with rounding.flushing(flush):
-            assign(convert(np.atleast_1d(source)), mask)
+        values = np.atleast_1d(source)
+        values = _flushed(values) if flush and kind == "f32" else values
+        result = convert(values)
+        assign(_flushed(result) if flush and to == "f32" else result, mask)
 
     return step
+
+
+def _flushed(values: Array) -> Array:
+    """float32 with zeros of their sign for subnormals."""
+    with rounding.flushing():
+        return values * np.float32(1)
 
 
 def _pair(lanes: Lanes, instruction: Instruction, to: str) -> Step:

@@ -15,7 +15,7 @@ from .. import rounding
 from ..errors import Unsupported
 from ..lanes import Builder, Lanes, Mask, Step, implements
 from ..parser import Instruction
-from ..scalars import PACKED, element, is_float
+from ..scalars import BITS, PACKED, element, is_float
 from . import integer
 from ._steps import function_step
 
@@ -87,14 +87,37 @@ def _in_place(lanes: Lanes, instruction: Instruction, ufunc: np.ufunc, *sources:
     return step
 
 
+def operands(lanes: Lanes, instruction: Instruction) -> list[Array]:
+    """The sources. Mixed precision (`add.f32.bf16 d, a, c`): all but the last are 16-bit, and exact in float32."""
+    kind, tokens = instruction.type, instruction.operands[1:]
+    types = [name for name in instruction.modifiers if name in BITS]
+    if len(types) == 1:
+        return [lanes.source(token, kind) for token in tokens]
+    if types[0] != "f32" or kind not in {"f16", "bf16"}:
+        raise Unsupported("this mixture of types")
+    return [*(lanes.source(token, kind) for token in tokens[:-1]), lanes.source(tokens[-1], "f32")]
+
+
+def mixed(instruction: Instruction, function: Callable[..., Array]) -> Callable[..., Array] | None:
+    """For a mixed-precision instruction, the float32 function with its 16-bit sources widened; else None."""
+    if sum(name in BITS for name in instruction.modifiers) == 1:
+        return None
+    kind = instruction.type
+    return lambda *sources: function(*(wide(source, kind) for source in sources[:-1]), sources[-1])
+
+
 _BINARY = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
 
 def binary(lanes: Lanes, instruction: Instruction) -> Step:
     """add, sub, mul."""
     kind, how, ufunc = instruction.type, mode(instruction), _BINARY[instruction.opcode]
-    sources = [lanes.source(token, kind) for token in instruction.operands[1:]]
+    sources = operands(lanes, instruction)
     base = PACKED.get(kind, kind)
+    if widened := mixed(instruction, ufunc):
+        if how != "rn":
+            raise Unsupported("this rounding of mixed precision")
+        return function_step(lanes, instruction, _finish(instruction, widened), "f32", *sources)
     if base in {"f16", "bf16"}:
         return function_step(lanes, instruction, _narrow_op(instruction, ufunc, base), kind, *sources)
     if how == "rn" and base == "f32" and not instruction.has("sat"):
@@ -114,8 +137,8 @@ def binary(lanes: Lanes, instruction: Instruction) -> Step:
 
 def _narrow_op(instruction: Instruction, function: Callable[..., Array], base: str) -> Callable[..., Array]:
     """A 16-bit operation: exact enough in float32 that rounding again is harmless (24 >= 2 * 11 + 2 bits)."""
-    if base == "f16" and instruction.has("ftz"):
-        raise Unsupported("f16 with .ftz")
+    if instruction.has("ftz", "rz", "rm", "rp"):
+        raise Unsupported("16-bit arithmetic that flushes or rounds another way than to nearest")
 
     def compute(*sources: Array) -> Array:
         result = np.atleast_1d(function(*(wide(source, base) for source in sources)))
@@ -127,13 +150,15 @@ def _narrow_op(instruction: Instruction, function: Callable[..., Array], base: s
 def fma(lanes: Lanes, instruction: Instruction) -> Step:
     """a * b + c with one rounding (`mad` of floating types is the same)."""
     kind, how = instruction.type, mode(instruction)
-    sources = [lanes.source(token, kind) for token in instruction.operands[1:]]
+    sources = operands(lanes, instruction)
     base = PACKED.get(kind, kind)
+
+    def fused(a: Array, b: Array, c: Array) -> Array:
+        return rounding.fma32(a, b, c, how)
+
+    if widened := mixed(instruction, fused):
+        return function_step(lanes, instruction, _finish(instruction, widened), "f32", *sources)
     if base == "f32":
-
-        def fused(a: Array, b: Array, c: Array) -> Array:
-            return rounding.fma32(a, b, c, how)
-
         return function_step(lanes, instruction, _finish(instruction, fused), kind, *sources)
     if how != "rn":
         raise Unsupported(f"{base} fma rounded .{how}")
