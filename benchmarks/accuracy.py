@@ -71,7 +71,7 @@ def _rival(contestant: Contestant) -> Any:
         for s, t in zip(student.split(1), teacher.split(1), strict=True):
             case = Case("dense", name, "fp32", 1, s.shape[1])
             given = inputs.DenseInputs.of(case, s.detach(), t)
-            given.student = lambda chunks=1, s=s: [s]  # type: ignore[method-assign]
+            given.student = lambda chunks=1, s=s: [s]  # type: ignore[method-assign,misc]
             rows.append(contestant.build(case)(given).reshape(1))
         return torch.cat(rows)
 
@@ -109,6 +109,7 @@ def dense(divergence: str, dtype: str, kind: str, vocab: int) -> dict[str, Any]:
         if loss is None:
             continue
         loss.sum().backward()
+        assert leaf.grad is not None
         got = leaf.grad if exempt is None else torch.where(exempt, want.grad.to(leaf.dtype), leaf.grad)
         errors = golden.loss_error(loss.detach(), want.loss), golden.gradient_error(got, want.grad, want.scale)
         found[name] = {"loss": errors[0], "gradient": errors[1]}
@@ -133,6 +134,8 @@ def linear(divergence: str, dtype: str) -> dict[str, Any]:
     )
     given = inputs.make(case)
     want = checks.expected(case, given)
+    assert want.hidden is not None
+    assert want.weight is not None
     exact = {"dhidden": want.hidden, "dweight": want.weight}
     rounded = {name: g.to(inputs.DTYPES[dtype]) for name, g in exact.items()}
     found: dict[str, Any] = {"divergence": divergence, "dtype": dtype, "rounded": checks.gradient_errors(rounded, want)}

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ def expected(case: Case, given: inputs.Inputs) -> golden.Golden:
 
 def gradient_errors(got: dict[str, Tensor], want: golden.Golden) -> dict[str, float]:
     """The worst row's error of each gradient over its natural scale."""
-    known = {
+    known: dict[str, tuple[Any, Any]] = {
         "dlogits": (want.grad, want.scale),
         "dhidden": (want.hidden, want.hidden_scale),
         "dweight": (want.weight, want.weight_scale),

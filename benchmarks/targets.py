@@ -59,6 +59,7 @@ def _dense(entry: dict[str, Any]) -> Iterator[Finding]:
     kl = name in KL
     floor = (1.7 if wide else 2.1) if kl else (3.2 if wide else 4.3)
     yield Finding(f"times the floor: {where}", entry["over_floor"][mine][0], floor)
+    wanted: list[tuple[tuple[str, ...], float]]
     if kl:
         wanted = [(("compile*",), 5.0 if wide else 8.0), (("eager*",), 25.0 if wide else 20.0)]
     else:

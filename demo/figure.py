@@ -15,6 +15,7 @@ def draw(metrics: dict[str, Any], curves: dict[str, list[tuple[int, float]]], pa
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     plt.rcParams.update(
         {
@@ -26,8 +27,8 @@ def draw(metrics: dict[str, Any], curves: dict[str, list[tuple[int, float]]], pa
             "axes.titlelocation": "left",
         }
     )
-    figure, axes = plt.subplots(2, 2, figsize=(11.5, 8.4), layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.12, w_pad=0.08, hspace=0.06, wspace=0.03)
+    space = ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.08, hspace=0.06, wspace=0.03)
+    figure, axes = plt.subplots(2, 2, figsize=(11.5, 8.4), layout=space)
     _divergence(axes[0][0], metrics)
     _perplexity(axes[0][1], metrics)
     _course(axes[1][0], curves)

@@ -282,6 +282,7 @@ def _first_best(z: Tensor) -> Tensor:
 
 def _through_the_head(result: Golden, natural: Tensor, student: Side, counts: Tensor) -> Golden:
     """Gradients of hidden states, weight and bias: the two GEMMs, and the same with absolute values for the scales."""
+    assert student.weight is not None
     weight = student.weight.detach().double()
     hidden = torch.where(counts[:, None], student.x.detach().double(), 0.0)
     return result._replace(

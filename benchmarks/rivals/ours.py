@@ -41,7 +41,8 @@ def _build(inplace: bool) -> Callable[[Case], Loss]:
 
         def run(inputs: Inputs) -> Tensor:
             if isinstance(inputs, DenseInputs):
-                return kd.distillation_loss(*inputs.student(), inputs.teacher, chosen, inplace=inplace)
+                (logits,) = inputs.student()
+                return kd.distillation_loss(logits, inputs.teacher, chosen, inplace=inplace)
             student = kd.LinearLogits(inputs.hidden, inputs.weight)
             teacher = kd.LinearLogits(inputs.teacher_hidden, inputs.teacher_weight)
             return kd.distillation_loss(student, teacher, chosen, chunk_bytes=case.chunk_bytes)
