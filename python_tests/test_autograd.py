@@ -165,6 +165,27 @@ def test_an_incoming_gradient_of_zero_or_nan(backend: str, make: Make) -> None:
     assert all(g.isnan().any() for g in gradients(leaves, torch.nan * loss))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", ["dense", "inplace", "linear"])
+def test_a_row_that_nobody_asks_for_may_hold_nan(backend: str, form: str, dtype: torch.dtype) -> None:
+    """torch.where around single losses: the rows it drops have gradient 0, NaN logits or not."""
+    student, teacher = small(dtype)
+    rows, wanted = student.clone(), torch.tensor([[True, False, True], [True, True, False]])
+    rows[0, 1] = torch.nan
+    if form == "linear":
+        hidden = rows.requires_grad_()
+        logits: Tensor | kd.LinearLogits = kd.LinearLogits(hidden, torch.eye(rows.shape[-1], dtype=dtype))
+    else:
+        hidden = rows.requires_grad_()
+        logits = hidden * 1
+    losses = kd.distillation_loss(logits, teacher, "jsd", reduction="none", inplace=form == "inplace", backend=backend)
+    assert losses[0, 1].isnan()
+    torch.where(wanted, losses, 0.0).sum().backward()
+    assert hidden.grad is not None
+    assert (hidden.grad[~wanted] == 0).all()
+    assert (hidden.grad[wanted].abs().sum(-1) > 1e-3).all()
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("make", MAKES)
 def test_a_second_derivative_is_a_clear_error(backend: str, make: Make, reduction: str) -> None:

@@ -55,7 +55,7 @@ def scale_by_incoming(buffers: list[Tensor], incoming: Tensor) -> list[Tensor]:
     """
     traced = any(type(b) is not Tensor for b in (*buffers, incoming))
     if traced:
-        return [(b * _like_rows(incoming, b)).to(b.dtype) for b in buffers]
+        return [_scaled(b, _like_rows(incoming, b)) for b in buffers]
     if _graph_is_retained():
         buffers = [b.clone() for b in buffers]
     if incoming.device.type == "cpu":
@@ -69,17 +69,29 @@ def scale_by_incoming(buffers: list[Tensor], incoming: Tensor) -> list[Tensor]:
     return buffers
 
 
+def _scaled(buffer: Tensor, factor: Tensor) -> Tensor:
+    """`_scale_` out of place, in operations that a compiler traces."""
+    scaled = (buffer * factor).to(buffer.dtype)
+    return scaled if factor.dim() == 0 else torch.where(factor == 0, 0.0, scaled).to(buffer.dtype)
+
+
 _BLOCK = 2**18  # numbers
 
 
 def _scale_(buffer: Tensor, factor: Tensor) -> None:
-    """``buffer *= factor``; block by block where torch would promote the buffer to a float32 copy."""
-    if factor.dim() == 0 or factor.dtype == buffer.dtype:
+    """``buffer *= factor``; a row that nobody asks for is 0 even if it holds NaN.
+
+    Block by block where torch would promote the buffer to a float32 copy.
+    """
+    if factor.dim() == 0:
         buffer.mul_(factor)
         return
     rows = max(1, _BLOCK // max(1, buffer[:1].numel()))
     for part, weight in zip(buffer.split(rows), factor.split(rows), strict=True):
         part.mul_(weight)
+        unwanted = weight == 0
+        if buffer.device.type != "cpu" or bool(unwanted.any()):
+            part.masked_fill_(unwanted, 0)
 
 
 def _graph_is_retained() -> bool:
