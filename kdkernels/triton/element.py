@@ -99,5 +99,6 @@ def as_triton(function: Callable[..., Any], quick: bool = False) -> Any:
     scope.update({"tl": module, "triton_language": _language})
     rebuilt = types.FunctionType(function.__code__, scope, function.__name__)
     rebuilt.__module__ = function.__module__
-    rebuilt.__qualname__ = function.__qualname__
+    # Triton knows a device function within a kernel by its name
+    rebuilt.__qualname__ = function.__qualname__ + ("_quick" if quick else "")
     return jit(rebuilt)
