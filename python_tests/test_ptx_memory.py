@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ptx import Misaligned, OutOfBounds, Uninitialised, Unsupported, Unwritten, run
+from ptx import Misaligned, OutOfBounds, Uninitialised, Unsupported, Unwritten, WriteConflict, run
 from ptx.snippet import kernel, per_thread
 
 F32, U8, U32 = np.float32, np.uint8, np.uint32
@@ -63,6 +63,13 @@ def test_unwritten_memory_may_be_written_then_read_but_not_read_first() -> None:
     for write in ("", "st.global.b16 [%d1], %h1;", "setp.lt.u32 %p1, %w1, 31; @%p1 st.global.b32 [%d1], %w1;"):
         with pytest.raises(Uninitialised):
             run(kernel(body.format(write=write), 1), (1,), 32, [Unwritten(np.zeros(32, U32))])
+
+
+def test_threads_may_write_one_value_to_one_place_but_not_two() -> None:
+    body = "ld.param.u64 %d1, [p0]; mov.u32 %w1, %tid.x; st.global.b32 [%d1], {value};"
+    run(kernel(body.format(value=7), 1), (2,), 32, [np.zeros(1, U32)])
+    with pytest.raises(WriteConflict):
+        run(kernel(body.format(value="%w1"), 1), (2,), 32, [np.zeros(1, U32)])
 
 
 def test_misaligned_accesses_are_faults() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from ptx import Misaligned, OutOfBounds, Settings, SharedRace, Uninitialised, Unsupported, run
+from ptx import Misaligned, OutOfBounds, Settings, SharedRace, Uninitialised, Unsupported, WriteConflict, run
 from ptx.snippet import kernel
 
 F32, U16, U32, U64 = np.float32, np.uint16, np.uint32, np.uint64
@@ -38,8 +38,13 @@ def test_a_missing_barrier_is_a_race() -> None:
 
 def test_two_warps_may_write_one_value_but_not_two() -> None:
     assert (shared("st.shared.u32 [buffer], 5; bar.sync 0; ld.shared.u32 %w3, [buffer];") == 5).all()
-    with pytest.raises(SharedRace, match="different values"):
+    with pytest.raises(WriteConflict):
         shared("shr.u32 %w5, %w1, 5; st.shared.u32 [buffer], %w5; bar.sync 0; ld.shared.u32 %w3, [buffer];")
+
+
+def test_two_lanes_may_not_write_different_values() -> None:
+    with pytest.raises(WriteConflict):
+        shared("st.shared.u32 [buffer], %w1; ld.shared.u32 %w3, [buffer];", threads=32)
 
 
 def test_neighbouring_halves_of_a_word_are_not_a_race() -> None:

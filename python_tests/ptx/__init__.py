@@ -25,7 +25,7 @@ Any kernel, by its PTX::
 Tensors and arrays are mapped in place: results are in them afterwards. Every tensor lives 64 GiB from the next, so an
 access beyond it, or into the gap between two rows of a strided one, is a fault; memory that no one touches costs
 nothing, so strides beyond 2^31 elements can be tested with `torch.empty`. Faults are subclasses of `ptx.Fault`
-(OutOfBounds, Misaligned, Uninitialised, SharedRace, BarrierDivergence, Divergence, Trap); what the emulator does not
+(OutOfBounds, Misaligned, Uninitialised, SharedRace, WriteConflict, BarrierDivergence, ...); what the emulator does not
 know is `ptx.Unsupported`, never a guess. Approximate functions err by up to what the ISA permits, reproducibly.
 
 Modules: parser (text to instructions), memory and shared (state spaces and their faults), traffic (sectors, banks),
@@ -47,6 +47,7 @@ from .errors import (
     Trap,
     Uninitialised,
     Unsupported,
+    WriteConflict,
 )
 from .launch import Settings, Unwritten, run
 from .parser import parse
@@ -71,6 +72,7 @@ __all__ = [
     "Uninitialised",
     "Unsupported",
     "Unwritten",
+    "WriteConflict",
     "compile_cuda",
     "compile_triton",
     "parse",

@@ -35,6 +35,10 @@ class SharedRace(Fault):
     """Two warps touched the same shared bytes between two barriers, one of them writing."""
 
 
+class WriteConflict(Fault):
+    """Threads of one instruction write different values to one place: which one stays is undefined."""
+
+
 class BarrierDivergence(Fault):
     """Threads of a CTA wait at different barriers, or a barrier can never be completed."""
 

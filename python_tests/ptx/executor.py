@@ -7,15 +7,17 @@ that have not left and can never be released are a fault.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
 from . import instructions  # noqa: F401  (fills the registry)
 from .errors import BarrierDivergence, Fault, Unsupported
-from .lanes import WARP, Lanes, Launch, Mask, Step, bind
+from .lanes import WARP, Lanes, Launch, Mask, Step, bind, check
 from .parser import Instruction
 from .report import Counts, Report
 
@@ -36,7 +38,10 @@ def execute(launch: Launch, *, most_lanes: int = MOST_LANES) -> Report:
     batch = max(1, most_lanes // padded // launch.cluster) * launch.cluster
     counts = [Counts() for _ in kernel.instructions]
     order = _cluster_order(launch, total)
-    with np.errstate(all="ignore"):
+    for instruction in kernel.instructions:
+        if not _is_control(instruction):
+            check(instruction)
+    with np.errstate(all="ignore"), _no_collection():
         for first in range(0, total, batch):
             _Batch(Lanes(launch, order[first : first + batch], counts)).run()
     seconds = time.perf_counter() - started
@@ -62,9 +67,8 @@ class _Batch:
 
     def __init__(self, lanes: Lanes) -> None:
         self.lanes, self.code = lanes, lanes.kernel.instructions
-        self.control = [i.opcode in CONTROL and not i.has("warp") for i in self.code]
-        pairs = zip(self.code, self.control, strict=True)
-        self.steps: list[Step] = [_NOTHING if control else bind(lanes, i) for i, control in pairs]
+        self.control = [_is_control(i) for i in self.code]
+        self.steps: list[Step | None] = [None] * len(self.code)  # bound when first executed
         self.guards: list[Callable[[], Array] | None] = [
             None if i.guard is None else lanes.predicate("!" * i.negated + i.guard) for i in self.code
         ]
@@ -118,7 +122,10 @@ class _Batch:
                 current = following
                 continue
             if number:
-                steps[current](executing)
+                step = steps[current]
+                if step is None:
+                    step = steps[current] = bind(self.lanes, instruction)
+                step(executing)
             current += 1
         if mask is None:
             raise Fault("execution runs off the end of the kernel")
@@ -212,11 +219,21 @@ class _Batch:
         self._pass(ctas, cluster)
 
 
-CONTROL = {"bra", "ret", "exit", "bar", "barrier"}
+def _is_control(instruction: Instruction) -> bool:
+    """What the executor itself performs: branches and barriers of CTAs and clusters."""
+    return instruction.opcode in {"bra", "ret", "exit", "bar", "barrier"} and not instruction.has("warp")
 
 
-def _NOTHING(mask: Mask) -> None:  # noqa: N802
-    pass
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Python's cycle collector off: many small objects are made here, none in cycles, and it would take a third."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _plain_barrier(instruction: Instruction) -> None:

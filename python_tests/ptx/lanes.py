@@ -73,9 +73,7 @@ class Lanes:
         self.cta = index // self.padded
         self.cluster_warp = self.cta % launch.cluster * WARP + self.thread // WARP
         self.rank = self.cta % launch.cluster
-        self.registers = {
-            name: np.zeros(self.count, container(bits)) for name, bits in kernel.registers.items() if bits <= 64
-        }
+        self.registers = _register_file(kernel, self.count)
         self._place_shared()
         self.local = np.zeros(self.count * self.local_pitch, np.uint8)
         self._special = self._special_registers(ctas)
@@ -211,6 +209,15 @@ class Lanes:
         return lambda: np.full(self.count, value, np.int64)
 
 
+def _register_file(kernel: Kernel, count: int) -> dict[str, Array]:
+    """One array per register, zeroed (pages that are never used cost nothing)."""
+    registers: dict[str, Array] = {}
+    for bits in set(kernel.registers.values()) - {128}:
+        names = [name for name, width in kernel.registers.items() if width == bits]
+        registers.update(zip(names, np.zeros((len(names), count), container(bits)), strict=True))
+    return registers
+
+
 def fit(values: Array, register: Array, signed: bool) -> Array:
     """Values as bits of the register's type, sign- or zero-extended if they are narrower."""
     if values.dtype == register.dtype:
@@ -261,17 +268,22 @@ def implements(*opcodes: str, allow: str = "") -> Callable[[Builder], Builder]:
     return register
 
 
-def bind(lanes: Lanes, instruction: Instruction) -> Step:
-    """The executable form of an instruction on these lanes. Raises Unsupported for what is not known."""
+def check(instruction: Instruction) -> None:
+    """Raises Unsupported for an opcode, a modifier or a mixture of types that nothing here knows."""
     if instruction.opcode not in _REGISTRY:
         raise Unsupported(f"opcode {instruction.opcode}: `{instruction.text}`")
-    builder, allowed = _REGISTRY[instruction.opcode]
+    _, allowed = _REGISTRY[instruction.opcode]
     if "*" not in allowed:
         for modifier in instruction.modifiers:
             if modifier not in allowed and modifier not in BITS:
                 raise Unsupported(f"modifier .{modifier} of `{instruction.text}`")
         if sum(modifier in BITS for modifier in instruction.modifiers) > (2 if instruction.opcode in _TWO_TYPES else 1):
             raise Unsupported(f"several types in `{instruction.text}`")
+
+
+def bind(lanes: Lanes, instruction: Instruction) -> Step:
+    """The executable form of an instruction on these lanes. Raises Unsupported for operands that it does not know."""
+    builder, _ = _REGISTRY[instruction.opcode]
     try:
         return builder(lanes, instruction)
     except (Unsupported, KeyError, IndexError, ValueError) as error:

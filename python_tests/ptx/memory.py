@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import Fault, Misaligned, OutOfBounds, Uninitialised
+from .errors import Fault, Misaligned, OutOfBounds, Uninitialised, WriteConflict
 
 WINDOW = 1 << 36  # bytes from one allocation's window to the next
 SHARED_WINDOW = 1 << 33  # generic addresses of shared memory start here
@@ -35,6 +35,13 @@ def as_unit(values: list[Array], size: int) -> Array:
     for column, value in enumerate(values):
         rows[:, column] = value
     return rows.reshape(-1).view(UNITS[size])
+
+
+def same_bits(a: Array, b: Array) -> bool:
+    """Whether two arrays of units are equal bit by bit (units of 16 bytes are no numbers: NaN)."""
+    if a.dtype == np.complex128:
+        a, b = a.view(np.uint64), np.ascontiguousarray(b).view(np.uint64)
+    return bool((a == b).all())
 
 
 @dataclasses.dataclass
@@ -175,7 +182,11 @@ class GlobalMemory:
             index = (addresses - allocation.origin) // size
             if chosen is not None:
                 index = index[chosen]
-            allocation.view(size)[index] = values if chosen is None else values[chosen]
+            mine = values if chosen is None else values[chosen]
+            view = allocation.view(size)
+            view[index] = mine
+            if not same_bits(view.take(index), mine):
+                raise WriteConflict(f"two threads write different values to one place in `{what}`")
             if allocation.written is not None:
                 allocation.written.reshape(-1, size)[index] = True
 

@@ -104,7 +104,7 @@ def fma32(a: Array, b: Array, c: Array, mode: str = "rn") -> Array:
     doubtful = (np.atleast_1d(total).view(np.int64) & _BELOW) == _HALF_WAY
     tiny = np.abs(result) < np.float32(2.0**-125)
     if tiny.any():
-        doubtful |= tiny
+        doubtful |= tiny & (total != 0)
     if doubtful.any():
         products, addends = np.broadcast_arrays(np.atleast_1d(product), np.asarray(c, np.float64))
         result[doubtful] = odd_sum(products[doubtful], addends[doubtful]).astype(np.float32)

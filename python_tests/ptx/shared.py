@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from .errors import Misaligned, OutOfBounds, SharedRace, Uninitialised
-from .memory import UNITS
+from .errors import Misaligned, OutOfBounds, SharedRace, Uninitialised, WriteConflict
+from .memory import UNITS, same_bits
 
 Array = np.ndarray[Any, Any]
 
@@ -87,24 +87,27 @@ class SharedMemory:
         self.reader[granules[several]] = SEVERAL
         self.read_time[granules] = now
 
-    def write(
-        self, offsets: Array, size: int, warps: Array, ctas: Array, what: str, values: Array | None = None
-    ) -> None:
-        """Notes a write; `values` (units) let two warps write the same value to a place."""
+    def store(self, offsets: Array, size: int, warps: Array, ctas: Array, what: str, values: Array) -> None:
+        """Writes units and notes it."""
+        self._write(offsets, size, warps, ctas, what, atomic=False)
+        view, index = self.views[size], offsets // size
+        view[index] = values
+        if self.check and not same_bits(view[index], values):
+            raise WriteConflict(f"two threads write different values to one place in `{what}`")
+
+    def atomic(self, offsets: Array, size: int, warps: Array, ctas: Array, what: str) -> tuple[Array, Array]:
+        """Notes atomic operations, which do not conflict with each other; the units and their indices."""
+        self._write(offsets, size, warps, ctas, what, atomic=True)
+        return self.views[size], offsets // size
+
+    def _write(self, offsets: Array, size: int, warps: Array, ctas: Array, what: str, *, atomic: bool) -> None:
         if not self.check:
             return
         granules, warp, actor = self._touched(offsets, size, warps, ctas)
         now = self._now(granules, actor)
-        self._check_write(granules, now, warp, what, ATOMIC if values is None else NOBODY)
-        if values is None:
-            warp = np.full_like(warp, ATOMIC)
-        self.writer[granules], self.write_time[granules], self.written[granules] = warp, now, True
-        if values is not None and (self.writer[granules] != warp).any():
-            order = np.argsort(offsets, kind="stable")
-            bits = np.ascontiguousarray(values).view(np.uint8).reshape(len(values), -1)[order]
-            twice = offsets[order][1:] == offsets[order][:-1]
-            if (twice & (bits[1:] != bits[:-1]).any(1)).any():
-                raise SharedRace(f"two warps write different values to one place in `{what}`")
+        self._check_write(granules, now, warp, what, ATOMIC if atomic else NOBODY)
+        self.writer[granules] = ATOMIC if atomic else warp
+        self.write_time[granules], self.written[granules] = now, True
 
     def _check_write(self, granules: Array, now: Array, warp: Array, what: str, pardoned: int) -> None:
         writer = self.writer[granules]

@@ -97,5 +97,4 @@ def _complete(lanes: Lanes, entry: Copy) -> None:
     size, shared = entry.data.shape[1], lanes.shared
     values = entry.data.view({4: np.uint32, 8: np.uint64, 16: np.complex128}[size]).reshape(-1)
     warps, ctas = lanes.cluster_warp[entry.threads], lanes.cta[entry.threads]
-    shared.write(entry.offsets, size, warps, ctas, entry.what, values)
-    shared.views[size][entry.offsets // size] = values
+    shared.store(entry.offsets, size, warps, ctas, entry.what, values)

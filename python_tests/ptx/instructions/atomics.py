@@ -124,6 +124,5 @@ class _Atomic:
             raise Unsupported(f"atomics on {space} memory")
         ctas = lanes.cta[threads]
         offsets = lanes.shared.locate(addresses, ctas, size, self.what)
-        lanes.shared.write(offsets, size, lanes.cluster_warp[threads], ctas, self.what)
         count_shared(self.counts, offsets, threads, size)
-        return lanes.shared.views[size], offsets // size
+        return lanes.shared.atomic(offsets, size, lanes.cluster_warp[threads], ctas, self.what)

@@ -120,9 +120,8 @@ class Access:
         elif space == "shared":
             ctas = lanes.cta[threads]
             offsets = lanes.shared.locate(addresses, ctas, size, what)
-            lanes.shared.write(offsets, size, lanes.cluster_warp[threads], ctas, what, values)
+            lanes.shared.store(offsets, size, lanes.cluster_warp[threads], ctas, what, values)
             count_shared(self.counts, offsets, threads, size)
-            lanes.shared.views[size][offsets // size] = values
         else:
             offsets = local_offsets(lanes, addresses, threads, size, what)
             lanes.local.reshape(-1, size)[offsets // size] = (

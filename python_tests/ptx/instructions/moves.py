@@ -112,3 +112,10 @@ def trap(lanes: Lanes, instruction: Instruction) -> Step:
         raise Trap(f"reached `{instruction.text}`")
 
     return step
+
+
+@implements("createpolicy", allow="*")
+def createpolicy(lanes: Lanes, instruction: Instruction) -> Step:
+    """A cache policy: an opaque number that only cache hints read, and those change no result."""
+    policy = np.uint64(0)
+    return function_step(lanes, instruction, lambda: policy, "b64")
