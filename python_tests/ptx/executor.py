@@ -15,17 +15,18 @@ from typing import Any
 
 import numpy as np
 
-from . import instructions  # noqa: F401  (fills the registry)
 from .errors import BarrierDivergence, Fault, Unsupported
+from .instructions import bulk
 from .lanes import WARP, Lanes, Launch, Mask, Step, bind, check
 from .parser import Instruction
 from .report import Counts, Report
 
 Array = np.ndarray[Any, Any]
 
-WAITING, DONE = 1 << 30, (1 << 31) - 1
+PARKED, WAITING, DONE = 1 << 29, 1 << 30, (1 << 31) - 1  # instead of a place in the code
 MOST_LANES = 1 << 14  # threads in flight; more does not fit the caches, fewer is slower per thread
-PATIENCE = 1 << 22  # steps without which any loop of a test kernel ends
+PATIENCE = 1 << 22  # steps within which any loop of a test kernel ends
+RETRIES = 64  # failed waits on mbarriers in a row, while nothing else can run
 
 
 def execute(launch: Launch, *, most_lanes: int = MOST_LANES) -> Report:
@@ -77,14 +78,18 @@ class _Batch:
         self.at_cluster = np.zeros(lanes.count, np.bool_)  # waits for its cluster, not its CTA
         self.arrived = np.zeros(lanes.count, np.bool_)  # at the cluster barrier
         self.steps_left = PATIENCE
+        self.retries = self.phases_seen = 0
+        self.parks = any(i.opcode == "mbarrier" for i in self.code)
 
     def run(self) -> None:
         """Until every thread has left."""
         while True:
             current = int(self.counter.min())
-            if current >= WAITING:
-                if current == DONE:
-                    return
+            if current == DONE:
+                self.lanes.shared.check_exit()
+                bulk.check_exit(self.lanes)
+                return
+            if current >= PARKED:
                 self._release()
                 continue
             here = self.counter == current
@@ -126,6 +131,8 @@ class _Batch:
                 if step is None:
                     step = steps[current] = bind(self.lanes, instruction)
                 step(executing)
+                if self.parks and self._park(instruction, mask):
+                    return
             current += 1
         if mask is None:
             raise Fault("execution runs off the end of the kernel")
@@ -162,8 +169,12 @@ class _Batch:
         if not cluster:
             _plain_barrier(instruction)
         elif instruction.has("arrive"):
+            if self.arrived[chosen].any():
+                raise BarrierDivergence(f"a second arrival without a wait between: `{instruction.text}`")
             self.arrived[chosen] = True
             return after if everyone else None
+        elif not self.arrived[chosen].all():
+            raise BarrierDivergence(f"a wait at the cluster barrier without an arrival: `{instruction.text}`")
         if everyone:
             self._pass(np.arange(lanes.ctas), cluster)
             return after
@@ -179,29 +190,54 @@ class _Batch:
             shared.cluster_interval[ctas] += 1
             self.arrived.reshape(self.lanes.ctas, -1)[ctas] = False
 
+    def _park(self, instruction: Instruction, mask: Mask) -> bool:
+        """After a wait on an mbarrier: threads for which it failed let the others run first. Whether there are any."""
+        failed = self.lanes.progress.pop("failed", ())
+        if not len(failed):
+            return False
+        self.counter[slice(None) if mask is None else mask] = instruction.index + 1
+        self.counter[failed], self.resume[failed] = PARKED, instruction.index + 1
+        return True
+
     def _release(self) -> None:
-        """Lets those CTAs go on whose threads all wait at one barrier."""
+        """Nothing runs: completes barriers, else lets the parked threads try again."""
+        if self._release_ctas() or self._release_clusters():
+            return
+        parked = self.counter == PARKED
+        phases = self.lanes.progress.get("phases", 0)
+        if not parked.any():
+            raise BarrierDivergence("threads wait at a cluster barrier that others of the cluster never reach")
+        self.retries = self.retries + 1 if phases == self.phases_seen else 0
+        if self.retries > RETRIES:
+            raise BarrierDivergence("threads wait for a phase of an mbarrier that never ends")
+        self.phases_seen = phases
+        self.counter[parked] = self.resume[parked]
+
+    def _release_ctas(self) -> bool:
+        """Lets those CTAs go on whose threads all wait at one barrier of the CTA."""
         lanes, size = self.lanes, self.lanes.padded
-        waiting = (self.counter == WAITING).reshape(lanes.ctas, size)
-        at_cluster = self.at_cluster.reshape(lanes.ctas, size)
-        places = self.resume.reshape(lanes.ctas, size)
+        counter = self.counter.reshape(lanes.ctas, size)
+        waiting = counter == WAITING
+        places, at_cluster = self.resume.reshape(lanes.ctas, size), self.at_cluster.reshape(lanes.ctas, size)
+        free = waiting.any(1) & ~(waiting & at_cluster).any(1) & (waiting | (counter == DONE)).all(1)
         for cta in np.flatnonzero(waiting.any(1)):
             found = np.unique(places[cta][waiting[cta]])
             if len(found) > 1:
                 texts = " and ".join(f"`{self.code[place].text}` (instruction {place})" for place in found)
                 raise BarrierDivergence(f"threads of one CTA wait at {texts}")
-            self._whole_warps(cta, waiting[cta])
-        free = np.flatnonzero(waiting.any(1) & ~(waiting & at_cluster).any(1))
-        if len(free):
-            self._go_on(free, waiting, cluster=False)
-            return
-        per = lanes.launch.cluster
-        alive = (self.counter != DONE).reshape(-1, per * size)
-        ready = ((self.counter == WAITING) & self.at_cluster).reshape(-1, per * size)
-        complete = (ready == alive).all(1) & alive.any(1)
-        if not complete.any():
-            raise BarrierDivergence("threads wait at a cluster barrier that others of the cluster never reach")
-        self._go_on(np.flatnonzero(np.repeat(complete, per)), waiting, cluster=True)
+            if free[cta]:
+                self._whole_warps(cta, waiting[cta])
+        self._go_on(np.flatnonzero(free), waiting, cluster=False)
+        return bool(free.any())
+
+    def _release_clusters(self) -> bool:
+        """Lets those clusters go on whose threads have all arrived or left."""
+        lanes, size, per = self.lanes, self.lanes.padded, self.lanes.launch.cluster
+        waiting = (self.counter == WAITING) & self.at_cluster
+        groups = (waiting | (self.counter == DONE)).reshape(-1, per * size)
+        complete = groups.all(1) & waiting.reshape(-1, per * size).any(1)
+        self._go_on(np.flatnonzero(np.repeat(complete, per)), waiting.reshape(lanes.ctas, size), cluster=True)
+        return bool(complete.any())
 
     def _whole_warps(self, cta: int, waiting: Array) -> None:
         """bar.sync is for whole warps: a lane that has left while another of its warp waits is undefined behaviour."""
@@ -212,6 +248,8 @@ class _Batch:
             raise BarrierDivergence("a barrier is executed by a part of a warp")
 
     def _go_on(self, ctas: Array, waiting: Array, *, cluster: bool) -> None:
+        if not len(ctas):
+            return
         released = np.zeros_like(waiting)
         released[ctas] = waiting[ctas]
         lanes = released.reshape(-1)

@@ -90,7 +90,8 @@ class Lanes:
             dict(kernel.shared) | dict.fromkeys(kernel.dynamic, start) | dict(kernel.local) | launch.constants
         )
         granule = _smallest_shared_access(kernel)
-        self.shared = SharedMemory(self.ctas, size, granule, launch.cluster, check=launch.check_races)
+        ordered = any(i.opcode == "mbarrier" or i.has("bulk") for i in kernel.instructions)
+        self.shared = SharedMemory(self.ctas, size, granule, launch.cluster, check=launch.check_races, ordered=ordered)
         self.local_pitch = -(-max(kernel.local_bytes, 16) // 16) * 16
 
     def _special_registers(self, ctas: Array) -> dict[str, Array]:

@@ -29,8 +29,9 @@ def classify(instruction: Instruction) -> str:
     opcode = instruction.opcode
     if opcode in {"ld", "ldu", "ldmatrix"} and not instruction.has("param"):
         return "load"
-    if opcode == "cp" and instruction.modifiers[0] == "async" and len(instruction.operands) > 1:
-        return "load"
+    if opcode == "cp" and len(instruction.operands) > 1:
+        into_global = next(m for m in instruction.modifiers if m.split("::")[0] in {"shared", "global"}) == "global"
+        return "store" if into_global else "load"
     if opcode == "st":
         return "store"
     if opcode in {"atom", "red"}:

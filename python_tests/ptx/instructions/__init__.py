@@ -1,3 +1,16 @@
 """The instructions, by family. Importing this package fills the registry of `lanes`."""
 
-from . import asynchronous, atomics, bits, compare, convert, floating, integer, loads, moves, warp  # noqa: F401
+from . import (  # noqa: F401
+    asynchronous,
+    atomics,
+    bits,
+    cluster,
+    compare,
+    convert,
+    floating,
+    integer,
+    loads,
+    mbarrier,
+    moves,
+    warp,
+)

@@ -14,6 +14,7 @@ import numpy as np
 from ..errors import Unsupported
 from ..lanes import Lanes, Mask, Step, implements
 from ..parser import Instruction
+from .bulk import bulk
 from .loads import HINTS, active, count_global
 
 Array = np.ndarray[Any, Any]
@@ -35,11 +36,18 @@ class Copy:
         return Copy(self.threads[chosen], self.offsets[chosen], self.data[chosen], self.group[chosen], self.what)
 
 
-@implements("cp", allow=f"{HINTS} async commit_group wait_group wait_all global shared shared::cta")
+_BULK = "bulk bulk_group read shared::cluster mbarrier::complete_tx::bytes"
+
+
+@implements("cp", allow=f"{HINTS} async commit_group wait_group wait_all global shared shared::cta {_BULK}")
 def copy(lanes: Lanes, instruction: Instruction) -> Step:
-    """cp.async, its groups and waits."""
+    """cp.async and cp.async.bulk, their groups and waits."""
     if instruction.modifiers[0] != "async":
         raise Unsupported("cp other than cp.async")
+    if instruction.has("mbarrier"):
+        raise Unsupported("cp.async.mbarrier.arrive")
+    if instruction.has("bulk"):
+        return bulk(lanes, instruction)
     if instruction.has("commit_group"):
         return lambda mask: _commit(lanes, active(lanes, mask))
     if instruction.has("wait_group", "wait_all"):

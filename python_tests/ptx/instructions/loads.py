@@ -173,13 +173,17 @@ def _load_parameter(lanes: Lanes, instruction: Instruction) -> Step:
     return step
 
 
-@implements("st", allow=f"{HINTS} {SPACES} v2 v4 v8")
+@implements("st", allow=f"{HINTS} {SPACES} v2 v4 v8 async mbarrier::complete_tx::bytes")
 def store(lanes: Lanes, instruction: Instruction) -> Step:
     """Writes one to four values per thread."""
     if space_of(instruction) == "param":
         from .moves import trap
 
         return trap(lanes, instruction)
+    if instruction.has("async"):
+        from .bulk import store_async
+
+        return store_async(lanes, instruction)
     access = Access(lanes, instruction, instruction.operands[0], instruction.operands[1])
     sources = [lanes.widened(part, f"b{8 * access.each}") for part in access.parts]
 

@@ -87,7 +87,6 @@ def isspacep(lanes: Lanes, instruction: Instruction) -> Step:
 
 
 @implements(
-    "fence",
     "membar",
     "prefetch",
     "prefetchu",
@@ -110,6 +109,20 @@ def trap(lanes: Lanes, instruction: Instruction) -> Step:
 
     def step(mask: Mask) -> None:
         raise Trap(f"reached `{instruction.text}`")
+
+    return step
+
+
+@implements("fence", allow="*")
+def fence(lanes: Lanes, instruction: Instruction) -> Step:
+    """fence.proxy.async lets asynchronous copies see the plain writes before it; other fences change nothing here."""
+    if not instruction.has("proxy"):
+        return lambda mask: None
+    shared = lanes.shared
+
+    def step(mask: Mask) -> None:
+        ctas = slice(None) if mask is None else np.unique(lanes.cta[mask])
+        shared.fenced[ctas] = shared.sequence
 
     return step
 
