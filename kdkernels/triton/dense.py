@@ -10,7 +10,17 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from kdkernels.triton.rows import (
-    FORWARD, HOPELESS, INFINITY, LN_2, MASKED, NOTHING, anchor, fill_row, larger2, natural, read_one,
+    FORWARD,
+    HOPELESS,
+    INFINITY,
+    LN_2,
+    MASKED,
+    NOTHING,
+    anchor,
+    fill_row,
+    larger2,
+    natural,
+    read_one,
 )  # fmt: skip
 from kdkernels.triton.sweeps import careful_sums, careful_tops, first_place, first_sweep, gradient_sweep, stats_sweep
 

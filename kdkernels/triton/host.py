@@ -37,7 +37,8 @@ def divergence_rows_(
         return
     x = student.x
     online = spec.kernel in CARRIES
-    sizes = launch.shape(spec.vocab, x.element_size(), online, launch.architecture(x.device))
+    major = launch.architecture(x.device)
+    sizes = launch.shape(spec.vocab, x.element_size(), online, stats is not None, major)
     arguments = {
         **side("student", student),
         **side("teacher", teacher),
@@ -102,7 +103,7 @@ def tiles(sizes: launch.Shape, vocab: int, *operands: Tensor | None) -> dict[str
     """Tile and layout of a launch over these operands."""
     present = [x for x in operands if x is not None]
     size = present[0].element_size()
-    return {"LAYOUT": layout(vocab, present), "ROWS": 32 * sizes.warps, "VEC": launch.VECTOR // size}
+    return {"LAYOUT": layout(vocab, present), "ROWS": sizes.vectors, "VEC": launch.VECTOR // size}
 
 
 def layout(vocab: int, operands: list[Tensor]) -> int:

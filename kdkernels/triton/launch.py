@@ -8,8 +8,9 @@ The constants were chosen by counting (compiled PTX executed, ptxas' report), no
 - The later sweeps find in L2 what all running rows leave there. With about 32 warps on a multiprocessor, 132 of them
   and 40 MB of L2 to spend, W warps a row keep rows of up to 9.5 KB * W (both operands) there: so long rows get many
   warps. Sweeps alternate in direction, so that a row that is too long still hits at its turning point.
-- The separable kernels hold 8 entries' intermediate values, up to 94 registers: at 32 warps (64 registers) they spill,
-  at 16 ptxas aims at 64 as well unless `maxnreg` says otherwise.
+- The separable kernels issue 67 instructions a pair before that cost and must stay below 70: 8 warps at most. They hold
+  8 entries' intermediate values, up to 110 registers, and would spill at 32 warps (64 registers).
+- Statistics take 12 registers more: 16 warps at most (at 32 sm_100 spills).
 """
 
 from __future__ import annotations
@@ -23,31 +24,35 @@ VECTOR = 16
 
 
 class Shape(NamedTuple):
-    """Threads of a program, and what ptxas may use."""
+    """Threads of a program."""
 
     warps: int
-    maxnreg: int | None
+
+    @property
+    def vectors(self) -> int:
+        """Of one side in a tile: one a thread."""
+        return 32 * self.warps
 
     def options(self) -> dict[str, Any]:
-        """Compile options of a launch. Contraction to fused multiply-adds is part of the kernels' arithmetic."""
-        options: dict[str, Any] = {"num_warps": self.warps, "num_stages": 1, "enable_fp_fusion": True}
-        return options if self.maxnreg is None else options | {"maxnreg": self.maxnreg}
+        """Compile options. Contraction to fused multiply-adds is wanted: the kernels' sums of products rely on it for
+        their instruction counts, and where exactness depends on it they say ``fma``. Nothing is left to pipeline: loads
+        go straight to registers."""
+        return {"num_warps": self.warps, "num_stages": 1, "enable_fp_fusion": True}
 
 
 _BYTES_PER_WARP = {8: 6 * 1024, 9: 9728, 10: 12 * 1024}
 """Bytes of a row pair for each of its warps that stay in L2, by major compute capability: A100 108 multiprocessors and
 40 MB, of which a side's half is near; H100 132 and 50 MB; B200 148 and 126 MB."""
 _WARPS = (4, 8, 16, 32)
-_MOST_SEPARABLE = 16
+_MOST_SEPARABLE, _MOST_WITH_STATS = 8, 16
 
 
-def shape(vocab: int, itemsize: int, online: bool, major: int) -> Shape:
+def shape(vocab: int, itemsize: int, online: bool, stats: bool, major: int) -> Shape:
     """For rows of ``vocab`` entries of ``itemsize`` bytes a side; ``online``: forward or reverse KL."""
     pair, each = 2 * vocab * itemsize, _BYTES_PER_WARP.get(major, _BYTES_PER_WARP[9])
     warps = next((w for w in _WARPS if pair <= each * w), _WARPS[-1])
-    if online:
-        return Shape(warps, None)
-    return Shape(min(warps, _MOST_SEPARABLE), 128 if warps >= _MOST_SEPARABLE else None)
+    most = _WARPS[-1] if online else _MOST_SEPARABLE
+    return Shape(min(warps, most, _MOST_WITH_STATS if stats else most))
 
 
 def architecture(device: torch.device) -> int:

@@ -145,7 +145,7 @@ def to_logits(x, side, o, inside, FORM: tl.constexpr):
     z = widen(x)
     if FORM != PLAIN:
         if side[1] is not None:
-            z += tl.load(side[1] + o, mask=inside, other=0.0)
+            z += tl.load(side[1] + o, mask=inside)
         z *= side[2]
     if FORM == CAPPED:
         z = side[3] * libdevice.tanh(z * (1.0 / side[3]))

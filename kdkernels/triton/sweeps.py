@@ -14,9 +14,46 @@ import triton.language as tl
 
 from kdkernels.triton.element import exp as clamped_exp
 from kdkernels.triton.rows import (
-    CAPPED, DOUBTFUL, FILL, FORWARD, HOPELESS, INFINITY, LOG2_E, MASKED, NOTHING, PLAIN, SHIFTED, add2, add3, add4, larger,
-    larger2, read, tile, within, write,
+    CAPPED,
+    DOUBTFUL,
+    FILL,
+    FORWARD,
+    HOPELESS,
+    INFINITY,
+    LOG2_E,
+    MASKED,
+    NOTHING,
+    PLAIN,
+    SHIFTED,
+    WHOLE,
+    add2,
+    add3,
+    add4,
+    larger,
+    larger2,
+    read,
+    tile,
+    within,
+    write,
 )  # fmt: skip
+
+
+@triton.jit
+def borders(span, CAREFUL: tl.constexpr, LAYOUT: tl.constexpr, SIZE: tl.constexpr, VEC: tl.constexpr):
+    """(head, full): whole tiles cover the places head .. full, tiles with a mask what is before and behind.
+
+    The rest of the vocabulary comes first, where a mask is needed anyway, and nothing is left at the end; rows that
+    begin between 16-byte boundaries need a mask at both ends. The careful sweeps take every tile with a mask.
+    """
+    if CAREFUL:
+        return 0, 0
+    elif LAYOUT == SHIFTED:
+        return SIZE, tl.maximum(span[1] // SIZE, 1) * SIZE
+    elif LAYOUT == WHOLE:  # such that the compiler sees multiples of VEC
+        vectors = span[1] // VEC
+        return vectors % (SIZE // VEC) * VEC, vectors * VEC
+    else:
+        return span[1] % SIZE, span[1]
 
 
 @triton.jit
@@ -63,21 +100,25 @@ def first_sweep(
     """
     o = tile(ROWS, VEC, LAYOUT)
     size: tl.constexpr = ROWS * VEC
-    zs = read(student, o, span, -INFINITY, FORM_S, LAYOUT, False, False)
-    zt = read(teacher, o, span, -INFINITY, FORM_T, LAYOUT, False, False)
+    head, full = borders(span, False, LAYOUT, size, VEC)
+    if head == 0:
+        head += size
+    first = (span[0], tl.minimum(head, span[1]))
+    zs = read(student, o, first, -INFINITY, FORM_S, LAYOUT, False, False)
+    zt = read(teacher, o, first, -INFINITY, FORM_T, LAYOUT, False, False)
     m_s, m_t = tl.reduce((tl.max(zs, 1), tl.max(zt, 1)), 0, larger2)
     zero, start = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.int32)
     none = zero - INFINITY
     acc = (zero, zero, zero, zero, zero, zero, zero, none, start, none, start)
-    full = span[1] // size * size
-    acc = gather(acc, student, teacher, o, 0, span, m_s, m_t, c,
+    acc = gather(acc, student, teacher, o, 0, first, m_s, m_t, c,
                  CARRY, COLD, STATS, FORM_S, FORM_T, LAYOUT, False)  # fmt: skip
-    for at in range(size, full, size):
+    for at in range(head, full, size):
         acc = gather(acc, student, teacher, o, at, span, m_s, m_t, c,
                      CARRY, COLD, STATS, FORM_S, FORM_T, LAYOUT, True)  # fmt: skip
-    for at in range(tl.maximum(full, size), span[1], size):
-        acc = gather(acc, student, teacher, o, at, span, m_s, m_t, c,
-                     CARRY, COLD, STATS, FORM_S, FORM_T, LAYOUT, False)  # fmt: skip
+    if LAYOUT == SHIFTED:
+        for at in range(full, span[1], size):
+            acc = gather(acc, student, teacher, o, at, span, m_s, m_t, c,
+                         CARRY, COLD, STATS, FORM_S, FORM_T, LAYOUT, False)  # fmt: skip
     cross, spread, cold, heat = 0.0, 0.0, 1.0, (0.0, 0.0)
     if CARRY == NOTHING:
         sum_s, sum_t = tl.reduce((acc[0], acc[1]), 0, add2)
@@ -97,7 +138,7 @@ def first_place(side, span, top, at, FORM: tl.constexpr, LAYOUT: tl.constexpr, R
     """The lowest index of the largest logit: ``top`` and ``at [ROWS]`` are each thread's largest and its tile."""
     most = tl.max(top, 0)
     first = tl.min(tl.where(top == most, at, 2147483647), 0)
-    o = first + tile(ROWS, VEC, LAYOUT)
+    o = first // VEC * VEC + tile(ROWS, VEC, LAYOUT)
     z = read(side, o, span, -INFINITY, FORM, LAYOUT, False, False)
     return tl.min(tl.min(tl.where(z == most, o, 2147483647), 1), 0) - span[0]
 
@@ -159,13 +200,16 @@ def add_kahan(total, lost, x):
 
 @triton.jit
 def add_stats(
-    sums, zs, zt, o, span, norm_s, norm_t, per_t, a, b,
-    TERM: tl.constexpr, GRAD: tl.constexpr, CAREFUL: tl.constexpr, LAYOUT: tl.constexpr, WHOLE_TILE: tl.constexpr,
+    sums, student, teacher, o, at, span, norm_s, norm_t, per_t, a, b,
+    TERM: tl.constexpr, GRAD: tl.constexpr, CAREFUL: tl.constexpr, FORM_S: tl.constexpr, FORM_T: tl.constexpr,
+    LAYOUT: tl.constexpr, WHOLE_TILE: tl.constexpr,
 ):  # fmt: skip
+    zs = read(student, o + at, span, FILL, FORM_S, LAYOUT, WHOLE_TILE, False)
+    zt = read(teacher, o + at, span, FILL, FORM_T, LAYOUT, WHOLE_TILE, False)
     lq, lp = log_prob(zs, norm_s, per_t, CAREFUL), log_prob(zt, norm_t, per_t, CAREFUL)
     term, grad, product = TERM(lp, lq, a, b), GRAD(lp, lq, a, b), lp * lq
     if not WHOLE_TILE:
-        inside = within(o, span[0], span[1], LAYOUT)
+        inside = within(o + at, span[0], span[1], LAYOUT)
         term, grad = tl.where(inside, term, 0.0), tl.where(inside, grad, 0.0)
         product = tl.where(inside, product, 0.0)
     if CAREFUL:  # one masked entry may cost 1e4 nats beside thousands of 1e-7
@@ -174,17 +218,6 @@ def add_stats(
         return term, grad, lost_term, lost_grad
     else:
         return sums[0] + tl.sum(term, 1), sums[1] + tl.sum(grad, 1), sums[2] + tl.sum(product, 1), sums[3]
-
-
-@triton.jit
-def whole_tiles(span, CAREFUL: tl.constexpr, LAYOUT: tl.constexpr, SIZE: tl.constexpr):
-    """(end, begin) of the places that whole tiles cover; the careful sweeps take every tile with a mask."""
-    full, first = 0, 0
-    if not CAREFUL:
-        full = span[1] // SIZE * SIZE
-        if LAYOUT == SHIFTED:
-            first = tl.minimum(full, SIZE)
-    return full, first
 
 
 @triton.jit
@@ -200,21 +233,19 @@ def stats_sweep(
     size: tl.constexpr = ROWS * VEC
     zero = tl.zeros([ROWS], tl.float32)
     sums = (zero, zero, zero, zero)
-    full, first = whole_tiles(span, CAREFUL, LAYOUT, size)
-    for at in range(full, span[1], size):
-        zs = read(student, o + at, span, FILL, FORM_S, LAYOUT, False, False)
-        zt = read(teacher, o + at, span, FILL, FORM_T, LAYOUT, False, False)
-        sums = add_stats(sums, zs, zt, o + at, span, norm_s, norm_t, per_t, a, b, TERM, GRAD, CAREFUL, LAYOUT, False)
+    head, full = borders(span, CAREFUL, LAYOUT, size, VEC)
+    if CAREFUL or (LAYOUT == SHIFTED):
+        for at in range(full, span[1], size):
+            sums = add_stats(sums, student, teacher, o, at, span, norm_s, norm_t, per_t, a, b,
+                             TERM, GRAD, CAREFUL, FORM_S, FORM_T, LAYOUT, False)  # fmt: skip
     if not CAREFUL:
-        for back in range(0, full - first, size):
-            at = full - size - back
-            zs = read(student, o + at, span, FILL, FORM_S, LAYOUT, True, False)
-            zt = read(teacher, o + at, span, FILL, FORM_T, LAYOUT, True, False)
-            sums = add_stats(sums, zs, zt, o, span, norm_s, norm_t, per_t, a, b, TERM, GRAD, False, LAYOUT, True)
-        for at in range(0, first, size):
-            zs = read(student, o + at, span, FILL, FORM_S, LAYOUT, False, False)
-            zt = read(teacher, o + at, span, FILL, FORM_T, LAYOUT, False, False)
-            sums = add_stats(sums, zs, zt, o + at, span, norm_s, norm_t, per_t, a, b, TERM, GRAD, False, LAYOUT, False)
+        for back in range(0, full - head, size):
+            sums = add_stats(sums, student, teacher, o, full - size - back, span, norm_s, norm_t, per_t, a, b,
+                             TERM, GRAD, False, FORM_S, FORM_T, LAYOUT, True)  # fmt: skip
+        if head > 0:
+            start = (span[0], tl.minimum(head, span[1]))
+            sums = add_stats(sums, student, teacher, o, 0, start, norm_s, norm_t, per_t, a, b,
+                             TERM, GRAD, False, FORM_S, FORM_T, LAYOUT, False)  # fmt: skip
     if CAREFUL:
         term, grad = tl.reduce((sums[0], sums[1]), 0, add2)
         return term, grad, True
@@ -231,7 +262,7 @@ def put(
     """Stores a tile of the gradient, after the label's share and the chain rule of the student's form."""
     if COLD:
         g += tl.exp2((z - cold[0]) * LOG2_E) * (ce * cold[1])
-    if label is not None:
+    if label is not None:  # noqa: SIM102  # known when compiling; the other is not
         if (label >= at) & (label < at + o.shape[0] * o.shape[1]):
             g = tl.where(o == label, g - ce, g)
     if FORM_S == CAPPED:
@@ -288,21 +319,22 @@ def gradient_sweep(
     """
     o = tile(ROWS, VEC, LAYOUT)
     size: tl.constexpr = ROWS * VEC
-    full, first = whole_tiles(span, CAREFUL, LAYOUT, size)
+    head, full = borders(span, CAREFUL, LAYOUT, size, VEC)
     if CARRY == NOTHING:  # the sweep before ended at the row's begin
-        for at in range(0, first, size):
+        if head > 0:
+            gradient_tile(to, student, teacher, o, 0, (span[0], tl.minimum(head, span[1])), numbers, ce, label, cold,
+                          GRAD, CARRY, CAREFUL, COLD, FORM_S, FORM_T, LAYOUT, False)  # fmt: skip
+        for at in range(head, full, size):
+            gradient_tile(to, student, teacher, o, at, span, numbers, ce, label, cold,
+                          GRAD, CARRY, CAREFUL, COLD, FORM_S, FORM_T, LAYOUT, True)  # fmt: skip
+    if CAREFUL or (LAYOUT == SHIFTED):
+        for at in range(full, span[1], size):
             gradient_tile(to, student, teacher, o, at, span, numbers, ce, label, cold,
                           GRAD, CARRY, CAREFUL, COLD, FORM_S, FORM_T, LAYOUT, False)  # fmt: skip
-        for at in range(first, full, size):
-            gradient_tile(to, student, teacher, o, at, span, numbers, ce, label, cold,
-                          GRAD, CARRY, CAREFUL, COLD, FORM_S, FORM_T, LAYOUT, True)  # fmt: skip
-    for at in range(full, span[1], size):
-        gradient_tile(to, student, teacher, o, at, span, numbers, ce, label, cold,
-                      GRAD, CARRY, CAREFUL, COLD, FORM_S, FORM_T, LAYOUT, False)  # fmt: skip
     if CARRY != NOTHING:  # ended at the row's end
-        for back in range(0, full - first, size):
+        for back in range(0, full - head, size):
             gradient_tile(to, student, teacher, o, full - size - back, span, numbers, ce, label, cold,
                           GRAD, CARRY, CAREFUL, COLD, FORM_S, FORM_T, LAYOUT, True)  # fmt: skip
-        for at in range(0, first, size):
-            gradient_tile(to, student, teacher, o, at, span, numbers, ce, label, cold,
+        if head > 0:
+            gradient_tile(to, student, teacher, o, 0, (span[0], tl.minimum(head, span[1])), numbers, ce, label, cold,
                           GRAD, CARRY, CAREFUL, COLD, FORM_S, FORM_T, LAYOUT, False)  # fmt: skip

@@ -1,0 +1,248 @@
+"""The Triton backend through the public function: compiled kernels, executed on CPU tensors by the PTX emulator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import cases
+import oracle
+import pytest
+import torch
+from emulated import TARGETS, serve
+from ptx import Settings
+from ptx.triton_shim import Emulator
+
+import kdkernels as kd
+from kdkernels.divergences import Divergence
+from kdkernels.triton import host
+
+LOW_AND_FULL = (torch.float32, torch.bfloat16, torch.float16)
+SEPARABLE = [d for d in cases.DIVERGENCES if d.separable]
+QUICK = (kd.ForwardKL(), kd.ReverseKL(), kd.JSD(), kd.SkewReverseKL())
+Serve = Callable[..., Emulator]
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> Serve:
+    return lambda target=90, settings=None: serve(monkeypatch, target, settings)
+
+
+def ids(value: object) -> str:
+    return str(value).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("dtype", LOW_AND_FULL, ids=ids)
+@pytest.mark.parametrize("divergence", QUICK, ids=ids)
+@pytest.mark.parametrize("target", TARGETS)
+def test_inputs_that_a_loss_must_survive(
+    target: int, divergence: Divergence, dtype: torch.dtype, served: Serve
+) -> None:
+    served(target)
+    for kind in cases.KINDS:
+        student, teacher = cases.pair(kind, 2, 301, dtype)
+        oracle.check(student, teacher, divergence, backend="triton", temperature=1.0)
+
+
+@pytest.mark.parametrize("divergence", SEPARABLE, ids=ids)
+def test_every_divergence(divergence: Divergence, served: Serve) -> None:
+    served()
+    kinds = ("ordinary", "peaked", "masked", "finfo_min") + (() if divergence == kd.AlphaBeta(0, 0) else ("near",))
+    for kind in kinds:
+        student, teacher = cases.pair(kind, 2, 301, torch.float32)
+        oracle.check(student, teacher, divergence, backend="triton", temperature=0.7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", cases.TEMPERATURES)
+@pytest.mark.parametrize("dtype", LOW_AND_FULL, ids=ids)
+@pytest.mark.parametrize("divergence", SEPARABLE, ids=ids)
+def test_every_divergence_and_temperature(
+    divergence: Divergence, dtype: torch.dtype, temperature: float, served: Serve
+) -> None:
+    served()
+    for kind in cases.KINDS:
+        if divergence == kd.AlphaBeta(0, 0) and kind == "near":
+            continue  # its gradient is log q - log p, all rounding: see the tolerance of the CPU backends' tests
+        student, teacher = cases.pair(kind, 2, 301, dtype)
+        oracle.check(student, teacher, divergence, backend="triton", temperature=temperature)
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 7, 8, 127, 128, 129, 1023, 1024, 1025, 4104])
+@pytest.mark.parametrize("dtype", LOW_AND_FULL, ids=ids)
+def test_tails_labels_weights_and_statistics(dtype: torch.dtype, vocab: int, served: Serve) -> None:
+    served()
+    student, teacher = cases.pair("ordinary", 4, vocab, dtype)
+    options = {
+        "labels": torch.tensor([0, vocab - 1, -100, vocab // 2]),
+        "ce_weight": 0.5,
+        "token_weights": torch.tensor([1.0, 0.5, 2.0, 0.0]),
+    }
+    for divergence in ("forward_kl", "jsd"):
+        oracle.check(student, teacher, divergence, backend="triton", **options)
+        oracle.check(student, teacher, divergence, backend="triton", temperature=2.0, inplace=True,
+                     temperature_scaling="t2", **options)  # fmt: skip
+
+
+def rows_of(student: torch.Tensor, teacher: torch.Tensor, how: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both sides in memory that is laid out otherwise."""
+    rows, vocab = student.shape
+    if how == "wide rows":
+        space = [torch.full((rows, vocab + pad), 9.0, dtype=student.dtype) for pad in (24, 40)]
+    elif how == "odd rows":
+        space = [torch.full((rows, vocab + 3), 9.0, dtype=student.dtype) for _ in range(2)]
+    else:
+        space = [torch.full((rows, vocab + pad), 9.0, dtype=student.dtype) for pad in (1, 2)]
+    begin = 1 if how == "unlike starts" else 0
+    views = [s[:, i * begin : i * begin + vocab] for i, s in enumerate(space)]
+    return views[0].copy_(student), views[1].copy_(teacher)
+
+
+@pytest.mark.parametrize(("how", "vocab", "expected"),
+                         [("wide rows", 1032, host.WHOLE), ("odd rows", 1029, host.SHIFTED),
+                          ("odd rows", 3001, host.SHIFTED), ("unlike starts", 1029, host.LOOSE)])  # fmt: skip
+@pytest.mark.parametrize("dtype", LOW_AND_FULL, ids=ids)
+def test_rows_that_begin_anywhere(how: str, vocab: int, expected: int, dtype: torch.dtype, served: Serve) -> None:
+    """Wide rows read whole vectors; contiguous rows of an odd vocabulary do so from the boundary before each row."""
+    served()
+    student, teacher = rows_of(*cases.pair("ordinary", 5, vocab, dtype), how)
+    assert host.layout(vocab, [student, teacher]) == expected
+    labels = torch.tensor([0, vocab - 1, 5, 6, 7])
+    for divergence in ("reverse_kl", "skew_kl"):
+        oracle.check(student, teacher, divergence, backend="triton", labels=labels, ce_weight=0.3)
+
+
+def test_padding_of_the_vocabulary_is_cut(served: Serve) -> None:
+    served()
+    student, teacher = cases.pair("ordinary", 3, 600, torch.bfloat16)
+    teacher = torch.cat([teacher, torch.full_like(teacher[:, :8], 50.0)], 1)
+    student[:, 500:] = torch.nan
+    for divergence in ("forward_kl", "jsd"):
+        oracle.check(student, teacher, divergence, backend="triton", vocab_size=500)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+def test_bad_rows_leave_others_alone(divergence: str, served: Serve) -> None:
+    served()
+    student, teacher = cases.pair("ordinary", 7, 301, torch.float32)
+    student[1, 17] = torch.nan
+    teacher[2, 300] = torch.nan
+    student[3, 0] = torch.inf
+    teacher[4] = -torch.inf
+    student[5] = torch.nan  # does not count
+    weights = torch.tensor([1.0, 1, 1, 1, 1, 0, 1])
+    leaf = student.clone().requires_grad_()
+    loss = kd.distillation_loss(leaf, teacher, divergence, token_weights=weights, reduction="none", backend="triton")
+    loss.sum().backward()
+    bad = torch.tensor([0, 1, 1, 1, 1, 0, 0], dtype=torch.bool)
+    assert leaf.grad is not None
+    assert torch.equal(loss.isnan(), bad)
+    assert torch.equal(leaf.grad.isnan(), bad[:, None].expand_as(student))
+    assert loss[5] == 0
+    assert (leaf.grad[5] == 0).all()
+    assert leaf.grad[[0, 6]].abs().sum() > 0
+
+
+def test_a_label_out_of_range_makes_its_row_nan(served: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the values are not looked at beforehand."""
+    served()
+    monkeypatch.setattr(kd.weights, "_check_values", lambda *_: None)
+    student, teacher = cases.pair("ordinary", 3, 301, torch.float32)
+    leaf = student.clone().requires_grad_()
+    loss = kd.distillation_loss(leaf, teacher, labels=torch.tensor([5, 301, 7]), ce_weight=1.0, reduction="none",
+                                backend="triton")  # fmt: skip
+    loss.sum().backward()
+    assert leaf.grad is not None
+    assert loss.isnan().tolist() == [False, True, False]
+    assert leaf.grad.isnan().all(1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("options", [{"bias": True}, {"scale": 0.3}, {"softcap": 5.0, "bias": True, "scale": 2.0}],
+                         ids=["bias", "scale", "softcap"])  # fmt: skip
+@pytest.mark.parametrize("dtype", LOW_AND_FULL, ids=ids)
+def test_linear_heads(dtype: torch.dtype, options: dict[str, float], served: Serve) -> None:
+    """Chunks of logits between two GEMMs, with the gradient in place."""
+    emulator = served()
+    student = cases.linear(5, 12, 301, dtype, seed=1, **options)
+    teacher = cases.linear(5, 20, 301, dtype, seed=2, **options)
+    labels = torch.tensor([3, 300, 0, -100, 7])
+    for divergence in ("forward_kl", "jsd"):
+        oracle.check(student, teacher, divergence, backend="triton", labels=labels, ce_weight=0.4, temperature=1.5,
+                     chunk_bytes=2 * 2 * 301 * dtype.itemsize)  # fmt: skip
+    assert len(emulator.reports) > 2  # more than one chunk
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+def test_online_and_separable_kernels_agree(divergence: str, served: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The generic kernel computes forward and reverse KL too."""
+    results = []
+    for carries, settings in ((host.CARRIES, None), ({}, Settings(seed=9))):
+        served(90, settings)
+        monkeypatch.setattr(host, "CARRIES", carries)
+        student, teacher = cases.pair("ordinary", 2, 5001, torch.float32)
+        leaf = student.requires_grad_()
+        loss = kd.distillation_loss(leaf, teacher, divergence, backend="triton", reduction="none")
+        results.append((loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0]))
+    (loss_a, grad_a), (loss_b, grad_b) = results
+    assert (loss_a - loss_b).abs().max() <= 2e-6
+    assert not torch.equal(grad_a, grad_b)
+    assert (grad_a - grad_b).norm() <= 1e-6 * grad_a.norm()
+
+
+def test_no_recompilation_for_another_batch_or_vocabulary(served: Serve) -> None:
+    emulator = served()
+    for rows, vocab in ((1, 808), (3, 1600), (16, 2008)):
+        student, teacher = cases.pair("ordinary", rows, vocab, torch.bfloat16)
+        kd.distillation_loss(student.requires_grad_(), teacher, backend="triton")
+    assert len({compiled.ptx for compiled in emulator.compiled}) == 1
+
+
+def test_vectors_of_16_bytes(served: Serve) -> None:
+    emulator = served()
+    student, teacher = cases.pair("ordinary", 1, 32768, torch.bfloat16)
+    for divergence in ("forward_kl", "jsd"):
+        kd.distillation_loss(student.detach().requires_grad_(), teacher, divergence, backend="triton")
+        widths = emulator.reports[-1].widths()
+        assert max(widths["load"]) == max(widths["store"]) == 16
+        assert widths["load"] <= {16, 8, 4, 2}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("vocab", [50257, 151936, 262144])
+@pytest.mark.parametrize("dtype", LOW_AND_FULL, ids=ids)
+def test_large_vocabularies(dtype: torch.dtype, vocab: int, served: Serve) -> None:
+    for target in TARGETS:
+        served(target)
+        student, teacher = cases.pair("ordinary", 2, vocab, dtype)
+        for divergence in ("forward_kl", "reverse_kl", "jsd"):
+            oracle.check(student, teacher, divergence, backend="triton", labels=torch.tensor([0, vocab - 1]),
+                         ce_weight=0.5)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+def test_rows_beyond_2_to_the_31_elements(divergence: str, served: Serve) -> None:
+    """Only pages that are touched exist: the rows are 2^30 entries apart."""
+    served()
+    student, teacher = cases.pair("ordinary", 4, 1000, torch.bfloat16)
+    far = []
+    for x in (student, teacher):
+        space = torch.empty(3 * 2**30 + 1000, dtype=torch.bfloat16)
+        rows = space.as_strided((4, 1000), (2**30, 1))
+        rows.copy_(x)
+        far.append(rows)
+    near_loss = kd.distillation_loss(student, teacher, divergence, backend="triton", reduction="none")
+    far_loss = kd.distillation_loss(far[0], far[1], divergence, backend="triton", reduction="none")
+    assert torch.equal(near_loss, far_loss)
+
+
+def test_repeated_runs_are_bit_equal_and_nothing_unwritten_is_read(served: Serve) -> None:
+    emulator = served()
+    student, teacher = cases.pair("ordinary", 3, 2000, torch.bfloat16)
+    results = []
+    for _ in range(2):
+        with emulator.poison():
+            leaf = student.clone().requires_grad_()
+            loss = kd.distillation_loss(leaf, teacher, "jsd", backend="triton")
+            loss.backward()
+        results.append((loss.detach(), leaf.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
