@@ -170,17 +170,18 @@ def markdown(found: dict[str, Any]) -> str:
     return "\n\n".join(part for part in [*parts, setting(found)] if part)
 
 
-def rewrite(text: str, block: str) -> str:
+def rewrite(text: str, block: str, markers: tuple[str, str] = (BEGIN, END)) -> str:
     """README with the block between the markers replaced.
 
     Raises:
         ValueError: the markers are not there once, in order.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in after:
-        raise ValueError(f"README.md must hold {BEGIN} and, after it, {END}, once each: put them where the tables go")
-    return f"{before}{BEGIN}\n{block}\n{END}{after}"
+    first, last = markers
+    before, begin, rest = text.partition(first)
+    _, end, after = rest.partition(last)
+    if not begin or not end or first in after:
+        raise ValueError(f"README.md must hold {first} and, after it, {last}, once each: put them where the tables go")
+    return f"{before}{first}\n{block}\n{last}{after}"
 
 
 def main(words: list[str] | None = None) -> None:

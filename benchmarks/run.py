@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine, memory, results, rivals, shapes
+from benchmarks.devices import DEVICES
 from benchmarks.journal import Journal
 from benchmarks.shapes import Case
 
@@ -165,6 +166,9 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--cases", default="", help="only cases whose id holds all of these comma-separated words")
     out.add_argument("--parts", default="time,memory,errors", help="which of time, memory, errors (default: all)")
     out.add_argument("--out", type=Path, default=None, help=f"the JSON (default: {FULL.relative_to(machine.ROOT)})")
+    out.add_argument(
+        "--model", choices=[*DEVICES], help="measure nothing: bounds on this GPU, computed from compiled kernels"
+    )
     out.add_argument("--lock", default=None, help="file to lock while a process measures")
     return out
 
@@ -174,6 +178,11 @@ def main(words: list[str] | None = None) -> None:
     from benchmarks import report
 
     options = parser().parse_args(words)
+    if options.model:
+        from benchmarks import model
+
+        sys.exit(model.main(options.model, options.cases, options.out))
+    del options.model
     out = options.out or (QUICK if options.quick else FULL)
     options.out = None  # a path of this machine says nothing about the result
     lock, found = options.lock, measure(options)
