@@ -166,6 +166,12 @@ def test_minimum_and_maximum_know_nan_and_signed_zeros() -> None:
     assert list(three) == [2, 1, 0.5, 0.5, 1, 0.5]
 
 
+def test_extremes_of_magnitudes_multiply_the_signs() -> None:
+    a, b = np.array([1, -1, 3, -3, np.nan], F32), np.array([-2, -2, 2, -0.0, -2], F32)
+    assert list(binary("min.xorsign.abs.f32", a, b, U32)) == list(np.array([-1, 1, 2, 0, -2], F32).view(U32))
+    assert list(binary("max.xorsign.abs.f32", a, b, F32)[:4]) == [-2, 2, 3, 3]
+
+
 def test_saturation_clamps_to_the_unit_interval_and_turns_nan_into_zero() -> None:
     a = np.array([0.25, 0.75, -1, np.nan, np.inf], F32)
     assert list(binary("add.sat.f32", a, np.full(5, 0.5, F32), F32)) == [0.75, 1, 0, 0, 1]

@@ -194,3 +194,15 @@ def test_guards_keep_other_threads_as_they_are() -> None:
     body = "mov.u32 {o0}, {0}; setp.lt.u32 %p1, {0}, {1}; @%p1 add.u32 {o0}, {0}, 5; @!%p1 mov.u32 {o0}, {1};"
     got = per_thread(body, [a, b], [U32])[0][0]
     assert (got == np.where(a < b, a + U32(5), b)).all()
+
+
+def test_carries_chain_words_into_wide_numbers() -> None:
+    a, b, c, d = (words(seed) for seed in (1, 2, 3, 4))
+    body = """add.cc.u32 {o0}, {0}, {2}; addc.u32 {o1}, {1}, {3}; sub.cc.u32 {o2}, {0}, {2}; subc.u32 {o3}, {1}, {3};"""
+    (low, high, less, rest), _ = per_thread(body, [a, b, c, d], [U32] * 4)
+    x, y = (b.astype(object) << 32) + a, (d.astype(object) << 32) + c
+    assert ((high.astype(object) << 32) + low == (x + y) % 2**64).all()
+    assert ((rest.astype(object) << 32) + less == (x - y) % 2**64).all()
+    body = "mad.lo.cc.u32 {o0}, {0}, {1}, {2}; madc.hi.u32 {o1}, {0}, {1}, {3};"
+    (low, high), _ = per_thread(body, [a, b, c, d], [U32] * 2)
+    assert ((high.astype(object) << 32) + low == (a.astype(object) * b.astype(object) + y) % 2**64).all()

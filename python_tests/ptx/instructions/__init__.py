@@ -4,6 +4,7 @@ from . import (  # noqa: F401
     asynchronous,
     atomics,
     bits,
+    carry,
     cluster,
     compare,
     convert,
@@ -12,5 +13,6 @@ from . import (  # noqa: F401
     loads,
     mbarrier,
     moves,
+    special,
     warp,
 )

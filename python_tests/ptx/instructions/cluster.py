@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import OutOfBounds
-from ..lanes import Lanes, Step, implements
+from ..lanes import Lanes, Mask, Step, implements
 from ..parser import Instruction
 from ..shared import RANK_SHIFT
 from ._steps import function_step
@@ -21,13 +21,16 @@ def mapa(lanes: Lanes, instruction: Instruction) -> Step:
     kind = instruction.type
     address, rank = lanes.source(instruction.operands[1], kind), lanes.source(instruction.operands[2], "u32")
 
-    def compute() -> Array:
-        if (np.broadcast_to(rank, lanes.count) >= lanes.launch.cluster).any():
-            raise OutOfBounds(f"no such CTA in the cluster of {lanes.launch.cluster}: `{instruction.text}`")
-        own = address & ~address.dtype.type(0xFF << RANK_SHIFT)
-        return own | ((rank.astype(address.dtype) + address.dtype.type(1)) << address.dtype.type(RANK_SHIFT))
+    assign, width = lanes.assigner(instruction.operands[0]), address.dtype.type
 
-    return function_step(lanes, instruction, compute, kind)
+    def step(mask: Mask) -> None:
+        asked = np.broadcast_to(rank, lanes.count)
+        if (asked[slice(None) if mask is None else mask] >= lanes.launch.cluster).any():
+            raise OutOfBounds(f"no such CTA in the cluster of {lanes.launch.cluster}: `{instruction.text}`")
+        own = address & ~width(0xFF << RANK_SHIFT)
+        assign(own | ((asked.astype(width) + width(1)) << width(RANK_SHIFT)), mask)
+
+    return step
 
 
 @implements("getctarank", allow="shared::cluster")

@@ -52,7 +52,7 @@ def saturate(values: Array) -> Array:
     return np.where(np.isnan(values), values.dtype.type(0), np.clip(values, values.dtype.type(0), values.dtype.type(1)))
 
 
-def _finish(instruction: Instruction, function: Callable[..., Array]) -> Callable[..., Array]:
+def finish(instruction: Instruction, function: Callable[..., Array]) -> Callable[..., Array]:
     """Adds flushing, saturation and the canonical NaN to a float32 or float64 function."""
     flush, clamp = instruction.has("ftz"), instruction.has("sat")
 
@@ -117,13 +117,13 @@ def binary(lanes: Lanes, instruction: Instruction) -> Step:
     if widened := mixed(instruction, ufunc):
         if how != "rn":
             raise Unsupported("this rounding of mixed precision")
-        return function_step(lanes, instruction, _finish(instruction, widened), "f32", *sources)
+        return function_step(lanes, instruction, finish(instruction, widened), "f32", *sources)
     if base in {"f16", "bf16"}:
         return function_step(lanes, instruction, _narrow_op(instruction, ufunc, base), kind, *sources)
     if how == "rn" and base == "f32" and not instruction.has("sat"):
         return _in_place(lanes, instruction, ufunc, *sources)
     if how == "rn":
-        return function_step(lanes, instruction, _finish(instruction, ufunc), kind, *sources)
+        return function_step(lanes, instruction, finish(instruction, ufunc), kind, *sources)
     if base == "f64":
         raise Unsupported(f"float64 rounding .{how}")
 
@@ -132,7 +132,7 @@ def binary(lanes: Lanes, instruction: Instruction) -> Step:
         exact = a64 * b64 if ufunc is np.multiply else rounding.odd_sum(a64, b64 if ufunc is np.add else -b64)
         return rounding.narrow(np.atleast_1d(exact), np.float32, how)
 
-    return function_step(lanes, instruction, _finish(instruction, directed), kind, *sources)
+    return function_step(lanes, instruction, finish(instruction, directed), kind, *sources)
 
 
 def _narrow_op(instruction: Instruction, function: Callable[..., Array], base: str) -> Callable[..., Array]:
@@ -157,9 +157,9 @@ def fma(lanes: Lanes, instruction: Instruction) -> Step:
         return rounding.fma32(a, b, c, how)
 
     if widened := mixed(instruction, fused):
-        return function_step(lanes, instruction, _finish(instruction, widened), "f32", *sources)
+        return function_step(lanes, instruction, finish(instruction, widened), "f32", *sources)
     if base == "f32":
-        return function_step(lanes, instruction, _finish(instruction, fused), kind, *sources)
+        return function_step(lanes, instruction, finish(instruction, fused), kind, *sources)
     if how != "rn":
         raise Unsupported(f"{base} fma rounded .{how}")
     if base == "f64":
@@ -176,10 +176,10 @@ def fma(lanes: Lanes, instruction: Instruction) -> Step:
     return function_step(lanes, instruction, fused16, kind, *sources)
 
 
-implements("add", "sub", allow="rn rz rm rp ftz sat")(split_types(binary, integer.add))
+implements("add", "sub", allow="rn rz rm rp ftz sat cc")(split_types(binary, integer.add))
 implements("mul", allow="rn rz rm rp ftz sat lo hi wide")(split_types(binary, integer.mul))
 implements("fma", allow="rn rz rm rp ftz sat relu")(fma)
-implements("mad", allow="rn rz rm rp ftz sat lo hi wide")(split_types(fma, integer.mad))
+implements("mad", allow="rn rz rm rp ftz sat lo hi wide cc")(split_types(fma, integer.mad))
 
 
 def _extreme(opcode: str, propagate: bool) -> Callable[..., Array]:
@@ -210,22 +210,28 @@ def _extreme(opcode: str, propagate: bool) -> Callable[..., Array]:
 
 
 def extreme(lanes: Lanes, instruction: Instruction) -> Step:
-    """min and max, of two or three operands; .NaN propagates NaN, .xorsign.abs is refused."""
+    """min and max of two or three operands; .NaN propagates NaN, .xorsign.abs takes sizes and multiplies signs."""
     kind, base = instruction.type, PACKED.get(instruction.type, instruction.type)
+    if instruction.has("relu"):
+        raise Unsupported("floating-point .relu")
     sources = [lanes.source(token, kind) for token in instruction.operands[1:]]
     pick = _extreme(instruction.opcode, instruction.has("NaN"))
 
     def compute(a: Array, *others: Array) -> Array:
+        if instruction.has("xorsign"):
+            (b,) = others
+            size = pick(np.abs(a), np.abs(b))
+            return np.where(np.signbit(a) ^ np.signbit(b), -size, size)
         for other in others:
             a = pick(a, other)
         return np.array(a)
 
     if base in {"f16", "bf16"}:
         return function_step(lanes, instruction, _narrow_op(instruction, compute, base), kind, *sources)
-    return function_step(lanes, instruction, _finish(instruction, compute), kind, *sources)
+    return function_step(lanes, instruction, finish(instruction, compute), kind, *sources)
 
 
-implements("min", "max", allow="ftz NaN relu")(split_types(extreme, integer.extreme))
+implements("min", "max", allow="ftz NaN relu xorsign abs")(split_types(extreme, integer.extreme))
 
 
 def sign_change(lanes: Lanes, instruction: Instruction) -> Step:
@@ -254,59 +260,3 @@ def copysign(lanes: Lanes, instruction: Instruction) -> Step:
     """The magnitude of b with the sign of a."""
     a, b = (lanes.source(token, instruction.type) for token in instruction.operands[1:])
     return function_step(lanes, instruction, lambda: np.copysign(b, a), instruction.type)
-
-
-def divide(lanes: Lanes, instruction: Instruction) -> Step:
-    """div.rn, div.full and div.approx of float32, div.rn of float64."""
-    kind = instruction.type
-    sources = [lanes.source(token, kind) for token in instruction.operands[1:]]
-    approximation = lanes.launch.approximation
-    if instruction.has("approx", "full") and kind == "f32":
-
-        def quotient(a: Array, b: Array) -> Array:
-            return approximation.divide(a, b, full=instruction.has("full"))
-
-    elif instruction.has("rn"):
-        quotient = np.divide
-    else:
-        raise Unsupported("this rounding of div")
-    return function_step(lanes, instruction, _finish(instruction, quotient), kind, *sources)
-
-
-implements("div", allow="rn full approx ftz")(split_types(divide, integer.divide))
-
-
-@implements("ex2", "lg2", "rcp", "sqrt", "rsqrt", "sin", "cos", "tanh", allow="approx rn ftz")
-def special(lanes: Lanes, instruction: Instruction) -> Step:
-    """Functions of the special-function unit, and the correctly rounded rcp.rn and sqrt.rn."""
-    kind, opcode = instruction.type, instruction.opcode
-    value = lanes.source(instruction.operands[1], kind)
-    if kind == "f32" and instruction.has("approx"):
-        function = getattr(lanes.launch.approximation, opcode)
-    elif kind in {"f32", "f64"} and instruction.has("rn") and opcode in {"rcp", "sqrt"}:
-        function = np.reciprocal if opcode == "rcp" else np.sqrt
-    elif kind == "f64" and instruction.has("rn"):
-        raise Unsupported("this float64 function")
-    else:
-        return _special_narrow(lanes, instruction)
-    return function_step(lanes, instruction, _finish(instruction, function), kind, value)
-
-
-def _special_narrow(lanes: Lanes, instruction: Instruction) -> Step:
-    """ex2 and tanh of 16-bit types: relative error 2^-9.9 (f16) and 2^-7 (bf16), tanh 2^-10.987 and 2^-8."""
-    kind, opcode = instruction.type, instruction.opcode
-    base = PACKED.get(kind, kind)
-    if base not in {"f16", "bf16"} or opcode not in {"ex2", "tanh"}:
-        raise Unsupported("this function of this type")
-    value = lanes.source(instruction.operands[1], kind)
-    approximation = lanes.launch.approximation
-    bounds = {"ex2": {"f16": 2.0**-9.9, "bf16": 2.0**-7}, "tanh": {"f16": 2.0**-10.987, "bf16": 2.0**-8}}
-    bound = bounds[opcode][base] - (2.0**-11 if base == "f16" else 2.0**-9)
-    function = np.exp2 if opcode == "ex2" else np.tanh
-
-    def compute(source: Array) -> Array:
-        x = np.atleast_1d(wide(source, base))
-        exact = function(x, dtype=np.float64)
-        return rounded((exact * (1 + max(bound, 0.0) * approximation.share(x, 10))).astype(np.float32), base)
-
-    return function_step(lanes, instruction, compute, kind, value)

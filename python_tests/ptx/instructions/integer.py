@@ -11,6 +11,7 @@ from ..lanes import Lanes, Step, implements
 from ..parser import Instruction
 from ..scalars import BITS, SIGNED, UNSIGNED, is_signed
 from ._steps import function_step, ufunc_step
+from .carry import with_carry
 
 Array = np.ndarray[Any, Any]
 
@@ -20,7 +21,9 @@ def _sources(lanes: Lanes, instruction: Instruction) -> list[Array]:
 
 
 def add(lanes: Lanes, instruction: Instruction) -> Step:
-    """add and sub, wrapping; .sat clamps s32."""
+    """add and sub, wrapping; .sat clamps s32, .cc sets the carry."""
+    if instruction.has("cc"):
+        return with_carry(lanes, instruction)
     sources = _sources(lanes, instruction)
     ufunc = np.add if instruction.opcode == "add" else np.subtract
     if instruction.has("sat"):
@@ -79,7 +82,9 @@ def mul(lanes: Lanes, instruction: Instruction) -> Step:
 
 
 def mad(lanes: Lanes, instruction: Instruction) -> Step:
-    """a * b (low, high or wide) + c."""
+    """a * b (low, high or wide) + c; .cc sets the carry."""
+    if instruction.has("cc"):
+        return with_carry(lanes, instruction)
     kind, part = instruction.type, _part(instruction)
     if instruction.has("sat"):
         raise Unsupported("mad.sat")
