@@ -5,6 +5,7 @@
 #   make soak      the long campaigns
 #   make demo      the main job on a real model
 #   make bench     the benchmarks
+#   make gpu       the GPU tests, compute-sanitizer and the benchmarks, on a machine with an NVIDIA GPU
 #   make lint      ruff, clang-format, mypy
 #   make sanitize  the C++ kernels under ASan and UBSan
 #
@@ -27,7 +28,7 @@ SUFFICIENT := not soak and not gpu
 SOURCES := pyproject.toml setup.py _kd_build.py \
   $(wildcard build_tools/*.py csrc/*.* csrc/cpu/* csrc/cuda/* kdkernels/divergences/*.py)
 
-.PHONY: install test quick soak demo bench lint sanitize format clean
+.PHONY: install test quick soak demo bench gpu lint sanitize format clean
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -69,6 +70,16 @@ demo: $(VENV)/.demo
 
 bench: $(VENV)/.rivals
 	$(BIN)/python -m benchmarks.run
+
+# Without a GPU: one line and exit status 2, before anything is installed.
+gpu:
+	@nvidia-smi -L 2>/dev/null | grep -q GPU || { echo "make gpu: no NVIDIA GPU on this machine (nvidia-smi -L)" >&2; exit 2; }
+	$(MAKE) $(VENV)/.rivals
+	$(BIN)/python -m benchmarks.gpu --check
+	$(BIN)/python -m pytest -q -p python_tests.gpu_lane -m gpu python_tests
+	$(BIN)/python -m benchmarks.gpu --sanitize
+	$(BIN)/python -m benchmarks.gpu
+	$(BIN)/python -m benchmarks.gpu_report --readme
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
