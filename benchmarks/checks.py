@@ -95,5 +95,7 @@ def against(runner: Runner, gradients: dict[str, Tensor], value: float) -> dict[
 def red(contestant: Contestant, case: Case, errors: dict[str, float]) -> str:
     """What is wrong with these distances, "" if nothing."""
     bound = BOUNDS[case.dtype, contestant.arithmetic]
+    if case.divergence == "total_variation":
+        bound *= 10  # its gradient jumps where p = q, and of 65 million entries rounding decides some
     wrong = {name: error for name, error in errors.items() if not error <= bound}
     return f"differs from the reference on the timed inputs: {wrong}, bound {bound}" if wrong else ""
