@@ -17,7 +17,6 @@ from kdkernels.divergences import Divergence
 from kdkernels.triton import host
 
 LOW_AND_FULL = (torch.float32, torch.bfloat16, torch.float16)
-SEPARABLE = [d for d in cases.DIVERGENCES if d.separable]
 QUICK = (kd.ForwardKL(), kd.ReverseKL(), kd.JSD(), kd.SkewReverseKL())
 Serve = Callable[..., Emulator]
 
@@ -43,7 +42,7 @@ def test_inputs_that_a_loss_must_survive(
         oracle.check(student, teacher, divergence, backend="triton", temperature=1.0)
 
 
-@pytest.mark.parametrize("divergence", SEPARABLE, ids=ids)
+@pytest.mark.parametrize("divergence", cases.DIVERGENCES, ids=ids)
 def test_every_divergence(divergence: Divergence, served: Serve) -> None:
     served()
     kinds = ("ordinary", "peaked", "masked", "finfo_min") + (() if divergence == kd.AlphaBeta(0, 0) else ("near",))
@@ -55,7 +54,7 @@ def test_every_divergence(divergence: Divergence, served: Serve) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("temperature", cases.TEMPERATURES)
 @pytest.mark.parametrize("dtype", LOW_AND_FULL, ids=ids)
-@pytest.mark.parametrize("divergence", SEPARABLE, ids=ids)
+@pytest.mark.parametrize("divergence", cases.DIVERGENCES, ids=ids)
 def test_every_divergence_and_temperature(
     divergence: Divergence, dtype: torch.dtype, temperature: float, served: Serve
 ) -> None:

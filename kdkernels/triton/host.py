@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import divergences
-from kdkernels.triton import dense, launch
+from kdkernels.triton import adaptive, dense, launch
 from kdkernels.triton.element import as_triton
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 LOOSE, SHIFTED, WHOLE = 0, 1, 2  # see kdkernels.triton.rows
 PLAIN, LINEAR, CAPPED = 0, 1, 2
+ADAPTIVE = "adaptive_kl"
 CARRIES = {"forward_kl": 1, "reverse_kl": 2}
 
 
@@ -39,18 +40,23 @@ def divergence_rows_(
     online = spec.kernel in CARRIES
     major = launch.architecture(x.device)
     sizes = launch.shape(spec.vocab, x.element_size(), online, stats is not None, major)
-    arguments = {
+    arguments: dict[str, Any] = {
         **side("student", student),
         **side("teacher", teacher),
         **gradient(dlogits),
         "loss": loss, "stats": stats, "w_kd": weights.kd, "w_ce": weights.ce, "labels": weights.labels,
         **numbers(spec),
-        **elements(spec.kernel),
-        "CARRY": CARRIES.get(spec.kernel, 0), "COLD": weights.labels is not None and spec.temperature != 1,
+        "COLD": weights.labels is not None and spec.temperature != 1,
         "FORM_S": form(student), "FORM_T": form(teacher), **tiles(sizes, spec.vocab, x, teacher.x, dlogits),
     }  # fmt: skip
+    kernel = adaptive.adaptive_kernel
+    if spec.kernel == ADAPTIVE:
+        del arguments["b"]
+    else:
+        kernel = dense.dense_kernel
+        arguments |= {**elements(spec.kernel), "CARRY": CARRIES.get(spec.kernel, 0)}
     with on(x.device):
-        launch.start(dense.dense_kernel, (rows, 1, 1), arguments, sizes.options())
+        launch.start(kernel, (rows, 1, 1), arguments, sizes.options())
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
