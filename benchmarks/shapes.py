@@ -124,5 +124,6 @@ def effort(case: Case, quick: bool) -> Effort:
     if quick:
         return Effort(3, 0.5, 2.0)
     if case.op == "linear":
-        return Effort(5, 8.0, 12.0)
+        slow = case.dtype == "fp32" and case.V > 100000  # ten seconds a run and more
+        return Effort(3, 22.0, 30.0) if slow else Effort(5, 8.0, 12.0)
     return Effort(11, 2.0, 8.0) if case.divergence in MAIN else Effort(7, 1.0, 8.0)
