@@ -120,6 +120,25 @@ def test_a_missing_mask_and_an_unwritten_input_are_faults() -> None:
             emulator.start(careless, (1, 1, 1), {"X": unwritten, "OUT": filled, "V": 100, "BLOCK": 128}, OPTIONS)
 
 
+def test_poison_reaches_into_custom_operators_and_sees_what_torch_writes() -> None:
+    emulator = Emulator(90)
+
+    @torch.library.custom_op("ptx_tests::add_one", mutates_args=())
+    def add_one(x: torch.Tensor) -> torch.Tensor:
+        scratch, out = torch.empty_like(x), x.new_empty(x.shape)
+        if x[0] > 0:
+            scratch.copy_(x)
+        emulator.start(careless, (1, 1, 1), {"X": scratch, "OUT": out, "V": 128, "BLOCK": 128}, OPTIONS)
+        return out
+
+    originals = torch.empty_like, torch.Tensor.new_empty
+    with emulator.poison():
+        assert (add_one(torch.ones(128)) == 2).all()
+        with pytest.raises(Uninitialised, match="X"):
+            add_one(torch.zeros(128))
+    assert (torch.empty_like, torch.Tensor.new_empty) == originals
+
+
 def test_seeds_change_results_within_the_bound() -> None:
     results = []
     for seed in (0, 0, 1):

@@ -28,9 +28,20 @@ nothing, so strides beyond 2^31 elements can be tested with `torch.empty`. Fault
 (OutOfBounds, Misaligned, Uninitialised, SharedRace, WriteConflict, BarrierDivergence, ...); what the emulator does not
 know is `ptx.Unsupported`, never a guess. Approximate functions err by up to what the ISA permits, reproducibly.
 
+CUDA C++ and one test body for emulator and GPU: `ptx.harness`. Damaged compiled code, to show that tests notice:
+`ptx.mutants.Mutants(ptx_text).barriers()`, run with `Emulator(90, mutate=lambda text: mutant.text)`. Registers, spills
+and occupancy by ptxas: `ptx.static_facts.static_facts(compiled.ptx, 90)` with `emulator.compiled[-1]`. A few lines of
+PTX as a kernel: `ptx.snippet`.
+
+What it is not: counts are of PTX, not of the machine code that ptxas makes of it, and ptxas may contract a `mul` and an
+`add` without `.rn` that are executed apart here. Lanes of a warp are in step, and warps interleave only where branches
+and barriers make them: races are found by the check on shared memory, not by chance, and not in global memory. There
+are no caches: sectors are those that warps ask for. Tensor cores, tensor copies, textures, named barriers and calls are
+refused.
+
 Modules: parser (text to instructions), memory and shared (state spaces and their faults), traffic (sectors, banks),
 rounding and approximate (numerics), lanes (threads and registers), executor (divergence and barriers), instructions/
-(one file per family), report (counts), launch (arguments), compile (Triton and nvcc to PTX), triton_shim.
+(one file per family), report (counts), launch (arguments), compile (Triton and nvcc to PTX), triton_shim, harness.
 """
 
 from .approximate import Approximation

@@ -7,13 +7,13 @@ arguments, and its PTX is executed on the CPU tensors, in place.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .compile import Compiled, compile_triton
 from .launch import Settings, run
@@ -74,7 +74,7 @@ class Emulator:
         """Watches torch for tensors that nothing has written."""
         self._watch = _Watch()
         try:
-            with self._watch:
+            with self._watch.active():
                 yield
         finally:
             self._watch = None
@@ -85,7 +85,7 @@ class _Memory(GlobalMemory):
 
     def __init__(self, watch: _Watch | None, names: tuple[str, ...]) -> None:
         super().__init__()
-        self.watch, self.names = watch, iter(names)
+        self.watch, self.names = watch, names
 
     def add_tensor(self, tensor: torch.Tensor, name: str = "") -> Allocation:
         allocation = super().add_tensor(tensor, self._name(name, tensor))
@@ -93,60 +93,68 @@ class _Memory(GlobalMemory):
             self.watch.apply(tensor, allocation)
         return allocation
 
-    @staticmethod
-    def _name(name: str, tensor: torch.Tensor) -> str:
-        return f"{name} {tuple(tensor.shape)}"
+    def _name(self, name: str, tensor: torch.Tensor) -> str:
+        """`kernel_param_3` is the fourth of the parameters that the compiled kernel takes."""
+        number = name.rsplit("_", maxsplit=1)[-1]
+        known = number.isdigit() and int(number) < len(self.names)
+        return f"{self.names[int(number)] if known else name} {tuple(tensor.shape)}"
 
 
 @dataclasses.dataclass
 class _Storage:
-    """Which bytes of a watched storage are written."""
+    """Memory that torch.empty made."""
 
-    owner: Any
-    written: np.ndarray[Any, Any]
-
-
-_EMPTY = {"aten::empty", "aten::empty_strided", "aten::empty_like", "aten::new_empty", "aten::new_empty_strided"}
+    owner: Any  # keeps the address from being used again
+    version: int  # of the tensor when it was made; torch's own in-place operators count it up
+    written: np.ndarray[Any, Any]  # bool per byte: what kernels wrote
 
 
-class _Watch(TorchDispatchMode):
-    """Notes the storages that torch.empty made and that no operator has written."""
+_MAKERS = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"))
+_METHODS = ("new_empty", "new_empty_strided")
+
+
+class _Watch:
+    """Notes the memory that torch.empty and its kin return: unwritten until a kernel or torch writes it."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.storages: dict[int, _Storage] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        if func._schema.name in _EMPTY:
-            storage = result.untyped_storage()
-            # A byte more at each end, for the 16-byte units of an allocation.
-            self.storages[storage.data_ptr()] = _Storage(storage, np.zeros(storage.nbytes() + 32, np.bool_))
-            return result
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                self._written(value)
-        for argument in func._schema.arguments:
-            if argument.name in kwargs and argument.alias_info is not None and argument.alias_info.is_write:
-                self._written(kwargs[argument.name])
-        return result
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Replaces the makers of empty tensors."""
+        originals = [(owner, name, getattr(owner, name)) for owner, name in _MAKERS]
+        for owner, name, original in originals:
+            setattr(owner, name, self._noting(original))
+        for name in _METHODS:  # inherited: the replacement hides them
+            setattr(torch.Tensor, name, self._noting(getattr(torch.Tensor, name)))
+        try:
+            yield
+        finally:
+            for owner, name, original in originals:
+                setattr(owner, name, original)
+            for name in _METHODS:
+                delattr(torch.Tensor, name)
 
-    def _written(self, value: Any) -> None:
-        for tensor in value if isinstance(value, list | tuple) else [value]:
-            entry = self._find(tensor) if isinstance(tensor, torch.Tensor) else None
-            if entry is not None:
-                entry.written[:] = True
+    def _noting(self, make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        @functools.wraps(make)
+        def maker(*arguments: Any, **options: Any) -> torch.Tensor:
+            tensor = make(*arguments, **options)
+            if tensor.device.type == "cpu" and not tensor.is_inference() and tensor.numel():
+                storage = tensor.untyped_storage()
+                # Room for the 16-byte units of an allocation at the end.
+                written = np.zeros(storage.nbytes() + 32, np.bool_)
+                self.storages[storage.data_ptr()] = _Storage(storage, tensor._version, written)
+            return tensor
 
-    def _find(self, tensor: torch.Tensor) -> _Storage | None:
-        storage = tensor.untyped_storage()
-        entry = self.storages.get(storage.data_ptr())
-        return entry if entry is not None and entry.owner.nbytes() == storage.nbytes() else None
+        return maker
 
     def apply(self, tensor: torch.Tensor, allocation: Allocation) -> None:
-        """Lets an allocation share the storage's record."""
-        entry = self._find(tensor)
-        if entry is None or not tensor.numel():
+        """Lets an allocation share the record of its memory."""
+        entry = self.storages.get(tensor.untyped_storage().data_ptr())
+        if entry is None or not tensor.numel() or tensor.is_inference():
             return
+        if tensor._version != entry.version:
+            entry.written[:] = True
+            entry.version = tensor._version
         start = (tensor.data_ptr() & ~15) - tensor.untyped_storage().data_ptr()
         allocation.written = entry.written[start : start + len(allocation.bytes)]
