@@ -2,6 +2,7 @@
 
     python triton_budgets.py            # prints the table
     python triton_budgets.py --write    # writes triton_budgets.json
+    python triton_budgets.py --missing  # adds to it what it lacks
 
 Counts are per (student, teacher) logit pair of one launch, from executed PTX; registers and spills are ptxas'.
 Sectors are relative to the least: both operands read once, the gradient written once.
@@ -20,6 +21,7 @@ import pytest
 import torch
 from emulated import serve
 from ptx.static_facts import static_facts
+from triton.backends.nvidia.compiler import get_ptxas
 
 from kdkernels.ops.rows import RowSpec, Side, divergence_rows_
 from kdkernels.weights import RowWeights
@@ -30,7 +32,7 @@ SEPARABLE = ("jsd", "skew_kl", "skew_reverse_kl", "total_variation", "alpha_beta
              "alpha_beta_a0_b0")  # fmt: skip
 VOCAB = 128256  # Llama 3's
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-RUNS = (80, 90)
+SHARDS = ("shard norms", "shard sums", "shard gradient")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,30 +59,48 @@ class Case:
             "student": Side(student, bias, 1.0, 30.0 if self.extra == "cap" else 0.0),
             "teacher": Side(teacher),
             "weights": RowWeights(torch.ones(1), None if labels is None else torch.ones(1), labels),
-            "spec": RowSpec(self.kernel, 0.3, 0.7, 1.0, VOCAB),
+            "spec": RowSpec("jsd" if self.kernel in SHARDS else self.kernel, 0.3, 0.7, 1.0, VOCAB),
             "loss": torch.empty(1),
             "dlogits": torch.empty_like(student),
             "stats": torch.empty(1, 6) if self.extra.endswith("stats") else None,
         }
 
 
-def cases(kernels: tuple[str, ...] = ONLINE + SEPARABLE) -> Iterator[Case]:
-    """Every kernel on every target; the variants of forward KL and JSD in bfloat16."""
+def cases() -> Iterator[Case]:
+    """Every kernel on every target; variants of forward KL and JSD in bfloat16. Shards: JSD, one rank of one."""
     for target in (80, 90, 100):
-        for kernel in kernels:
+        yield from (Case(kernel, "bf16", target) for kernel in ("adaptive_kl", *SHARDS))
+        for kernel in ONLINE + SEPARABLE:
             dtypes = DTYPES if kernel in (*ONLINE, "jsd") else ("bf16",)
             yield from (Case(kernel, dtype, target) for dtype in dtypes)
             if kernel in ("forward_kl", "jsd"):
                 yield from (Case(kernel, "bf16", target, extra) for extra in ("labels", "labels+stats", "cap"))
 
 
+def run_shards(given: dict[str, Any]) -> None:
+    """The three launches of a shard, in the order of SHARDS."""
+    from kdkernels.triton import shard_host
+
+    sides, spec, weights = (given["student"], given["teacher"]), given["spec"], given["weights"]
+    part, _ = shard_host.norms(*sides, weights, spec, 0)
+    merged = shard_host.merge(part[None], spec)
+    sums = shard_host.sums(*sides, weights, spec, merged.norms)
+    shard_host.gradient_(*sides, weights, spec, 0, merged, sums[:, 1], given["dlogits"])
+
+
 def measure(case: Case) -> dict[str, float]:
-    """Registers, spills and shared memory; counts where the target is executed."""
+    """Registers, spills and shared memory by ptxas, counts by execution."""
     with pytest.MonkeyPatch.context() as patch:
         emulator = serve(patch, case.target)
-        divergence_rows_("triton", **case.arguments())
-    compiled, report = emulator.compiled[-1], emulator.reports[-1]
-    facts = static_facts(compiled.ptx, case.target)
+        if case.kernel in SHARDS:
+            run_shards(case.arguments())
+        else:
+            divergence_rows_("triton", **case.arguments())
+    at = SHARDS.index(case.kernel) if case.kernel in SHARDS else 0
+    compiled, report = emulator.compiled[at], emulator.reports[at]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PTXAS", get_ptxas(case.target).path)  # the one whose PTX version Triton has written
+        facts = static_facts(compiled.ptx, case.target)
     size = DTYPES[case.dtype].itemsize
     return {
         "registers": facts.registers,
@@ -95,12 +115,14 @@ def measure(case: Case) -> dict[str, float]:
 
 
 def main() -> None:
-    table = {}
+    table = json.loads(TABLE.read_text()) if "--missing" in sys.argv else {}
     for case in cases():
-        table[case.name] = measure(case)
-        print(f"{case.name:40} " + "  ".join(f"{k} {v}" for k, v in table[case.name].items()), flush=True)
-    if "--write" in sys.argv:
-        TABLE.write_text(json.dumps(table, indent=1) + "\n")
+        if case.name not in table:
+            table[case.name] = measure(case)
+            print(f"{case.name:40} " + "  ".join(f"{k} {v}" for k, v in table[case.name].items()), flush=True)
+        if {"--write", "--missing"} & {*sys.argv}:
+            known = {case.name: table[case.name] for case in cases() if case.name in table}
+            TABLE.write_text(json.dumps(known, indent=1) + "\n")
 
 
 if __name__ == "__main__":

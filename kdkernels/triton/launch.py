@@ -24,9 +24,10 @@ VECTOR = 16
 
 
 class Shape(NamedTuple):
-    """Threads of a program."""
+    """Threads of a program, and the registers that each may have (None: as ptxas likes)."""
 
     warps: int
+    registers: int | None = None
 
     @property
     def vectors(self) -> int:
@@ -37,7 +38,8 @@ class Shape(NamedTuple):
         """Compile options. Contraction to fused multiply-adds is wanted: the kernels' sums of products rely on it for
         their instruction counts, and where exactness depends on it they say ``fma``. Nothing is left to pipeline: loads
         go straight to registers."""
-        return {"num_warps": self.warps, "num_stages": 1, "enable_fp_fusion": True}
+        options: dict[str, Any] = {"num_warps": self.warps, "num_stages": 1, "enable_fp_fusion": True}
+        return options if self.registers is None else options | {"maxnreg": self.registers}
 
 
 _BYTES_PER_WARP = {8: 6 * 1024, 9: 9728, 10: 12 * 1024}
@@ -45,6 +47,7 @@ _BYTES_PER_WARP = {8: 6 * 1024, 9: 9728, 10: 12 * 1024}
 40 MB, of which a side's half is near; H100 132 and 50 MB; B200 148 and 126 MB."""
 _WARPS = (4, 8, 16, 32)
 _MOST_SEPARABLE, _MOST_WITH_STATS = 8, 16
+_REGISTERS = 128  # two programs of 8 warps; left alone, ptxas aims at 64 or 80 and spills a few bytes
 
 
 def shape(vocab: int, itemsize: int, online: bool, stats: bool, major: int) -> Shape:
@@ -52,7 +55,7 @@ def shape(vocab: int, itemsize: int, online: bool, stats: bool, major: int) -> S
     pair, each = 2 * vocab * itemsize, _BYTES_PER_WARP.get(major, _BYTES_PER_WARP[9])
     warps = next((w for w in _WARPS if pair <= each * w), _WARPS[-1])
     most = _WARPS[-1] if online else _MOST_SEPARABLE
-    return Shape(min(warps, most, _MOST_WITH_STATS if stats else most))
+    return Shape(min(warps, most, _MOST_WITH_STATS if stats else most), None if online else _REGISTERS)
 
 
 def architecture(device: torch.device) -> int:
