@@ -51,8 +51,14 @@ def test_every_divergence(divergence: Divergence, served: Serve) -> None:
         oracle.check(student, teacher, divergence, backend="triton", temperature=0.7)
 
 
+MILD = ("ordinary", "flat", "flat_student", "identical", "shifted")
+"""Log-ratios that no probability weighs, squared, leave float16's range elsewhere, on every backend."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("temperature", cases.TEMPERATURES)
+@pytest.mark.parametrize(
+    "temperature", [t if t in (0.05, 2.0) else pytest.param(t, marks=pytest.mark.soak) for t in cases.TEMPERATURES]
+)
 @pytest.mark.parametrize("dtype", LOW_AND_FULL, ids=ids)
 @pytest.mark.parametrize("divergence", cases.DIVERGENCES, ids=ids)
 def test_every_divergence_and_temperature(
@@ -62,6 +68,8 @@ def test_every_divergence_and_temperature(
     for kind in cases.KINDS:
         if divergence == kd.AlphaBeta(0, 0) and kind == "near":
             continue  # its gradient is log q - log p, all rounding: see the tolerance of the CPU backends' tests
+        if divergence == kd.AlphaBeta(0, 0) and dtype == torch.float16 and kind not in MILD:
+            continue
         student, teacher = cases.pair(kind, 2, 301, dtype)
         oracle.check(student, teacher, divergence, backend="triton", temperature=temperature)
 
