@@ -139,7 +139,7 @@ def setting(found: dict[str, Any]) -> str:
         f"{giga['stream_bytes_per_second']} GB/s, read {giga['read_bytes_per_second']} GB/s, exponentials "
         f"{giga['exps_per_second']} G/s, products bf16 {giga['mm_bf16_flops_per_second']} and fp32 "
         f"{giga['mm_fp32_flops_per_second']} GFLOP/s (torch.mm)."
-    )
+    ) + "".join(f" Not shown: {case} ({why})." for case, why in found.get("not_shown", {}).items())
 
 
 def allocators(found: dict[str, Any]) -> list[str]:
