@@ -16,6 +16,8 @@ import kdkernels as kd
 from kdkernels.divergences import Divergence
 from kdkernels.triton import host
 
+pytestmark = pytest.mark.thin(6)
+
 LOW_AND_FULL = (torch.float32, torch.bfloat16, torch.float16)
 QUICK = (kd.ForwardKL(), kd.ReverseKL(), kd.JSD(), kd.SkewReverseKL())
 Serve = Callable[..., Emulator]
