@@ -16,10 +16,11 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+from kdkernels.triton.careful import careful_sums, careful_tops
 from kdkernels.triton.dense import entropy, firsts_of, label_loss, store_everything, store_row
 from kdkernels.triton.element import exp, kl
 from kdkernels.triton.rows import FILL, INFINITY, add4, anchor, fill_row, larger2, natural, read, read_one, tile, within
-from kdkernels.triton.sweeps import careful_sums, careful_tops, log_prob, put
+from kdkernels.triton.sweeps import log_prob, put
 
 
 @triton.jit

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+from kdkernels.triton.careful import careful_sums, careful_tops
 from kdkernels.triton.rows import (
     FORWARD,
     HOPELESS,
@@ -22,7 +23,7 @@ from kdkernels.triton.rows import (
     natural,
     read_one,
 )  # fmt: skip
-from kdkernels.triton.sweeps import careful_sums, careful_tops, first_place, first_sweep, gradient_sweep, stats_sweep
+from kdkernels.triton.sweeps import first_place, first_sweep, gradient_sweep, stats_sweep
 
 SMALL = tl.constexpr(1e-3)
 """Nats. An online sum is off by 1e-7; a row whose divergence comes out below is summed again entry by entry."""

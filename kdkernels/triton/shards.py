@@ -14,8 +14,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kdkernels.triton.careful import careful_sums, careful_tops
 from kdkernels.triton.rows import INFINITY, NOTHING, anchor, fill_row, larger2, read_one
-from kdkernels.triton.sweeps import careful_sums, careful_tops, first_place, gradient_sweep, stats_sweep
+from kdkernels.triton.sweeps import first_place, gradient_sweep, stats_sweep
 
 
 @triton.jit
