@@ -4,39 +4,71 @@
     loss = kd.distillation_loss(student_logits, teacher_logits, "jsd", labels=labels, shift=True)
 
 `distillation_loss` says everything about losses; `explain` says which backend serves a call and why.
+
+Importing the package is free: torch comes in with the first name used, so that data workers which only decode a
+teacher cache (`kdkernels.compression`) never load it.
 """
 
-from kdkernels import trainers as trainers  # light: torch and transformers come in with the first use
-from kdkernels.divergences import Divergence
-from kdkernels.divergences.adaptive_kl import AdaptiveKL
-from kdkernels.divergences.alpha_beta import AlphaBeta
-from kdkernels.divergences.forward_kl import ForwardKL
-from kdkernels.divergences.jsd import JSD
-from kdkernels.divergences.reverse_kl import ReverseKL
-from kdkernels.divergences.skew_kl import SkewKL
-from kdkernels.divergences.skew_reverse_kl import SkewReverseKL
-from kdkernels.divergences.total_variation import TotalVariation
-from kdkernels.explain import explain
-from kdkernels.logits import LinearLogits
-from kdkernels.losses import DistillationOutput, DistillationStats, distillation_loss
-from kdkernels.modules import DistillationLoss
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kdkernels import trainers as trainers
+    from kdkernels.divergences import Divergence as Divergence
+    from kdkernels.divergences.adaptive_kl import AdaptiveKL as AdaptiveKL
+    from kdkernels.divergences.alpha_beta import AlphaBeta as AlphaBeta
+    from kdkernels.divergences.forward_kl import ForwardKL as ForwardKL
+    from kdkernels.divergences.jsd import JSD as JSD
+    from kdkernels.divergences.reverse_kl import ReverseKL as ReverseKL
+    from kdkernels.divergences.skew_kl import SkewKL as SkewKL
+    from kdkernels.divergences.skew_reverse_kl import SkewReverseKL as SkewReverseKL
+    from kdkernels.divergences.total_variation import TotalVariation as TotalVariation
+    from kdkernels.explanation import explain as explain
+    from kdkernels.logits import LinearLogits as LinearLogits
+    from kdkernels.losses import DistillationOutput as DistillationOutput
+    from kdkernels.losses import DistillationStats as DistillationStats
+    from kdkernels.losses import distillation_loss as distillation_loss
+    from kdkernels.modules import DistillationLoss as DistillationLoss
+    from kdkernels.sparse_logits import SparseLogits as SparseLogits
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "JSD",
-    "AdaptiveKL",
-    "AlphaBeta",
-    "DistillationLoss",
-    "DistillationOutput",
-    "DistillationStats",
-    "Divergence",
-    "ForwardKL",
-    "LinearLogits",
-    "ReverseKL",
-    "SkewKL",
-    "SkewReverseKL",
-    "TotalVariation",
-    "distillation_loss",
-    "explain",
-]
+_HOMES = {
+    "AdaptiveKL": "divergences.adaptive_kl",
+    "AlphaBeta": "divergences.alpha_beta",
+    "DistillationLoss": "modules",
+    "DistillationOutput": "losses",
+    "DistillationStats": "losses",
+    "Divergence": "divergences",
+    "ForwardKL": "divergences.forward_kl",
+    "JSD": "divergences.jsd",
+    "LinearLogits": "logits",
+    "ReverseKL": "divergences.reverse_kl",
+    "SkewKL": "divergences.skew_kl",
+    "SkewReverseKL": "divergences.skew_reverse_kl",
+    "SparseLogits": "sparse_logits",
+    "TotalVariation": "divergences.total_variation",
+    "distillation_loss": "losses",
+    "explain": "explanation",
+}
+_PACKAGES = ("compression", "data", "divergences", "ops", "trainers", "triton")
+
+__all__ = [*_HOMES]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, imported on first use (PEP 562)."""
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    elif name in _PACKAGES:
+        return importlib.import_module(f"{__name__}.{name}")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES, *_PACKAGES})
