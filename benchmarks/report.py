@@ -133,13 +133,20 @@ def setting(found: dict[str, Any]) -> str:
     commit = found["commit"]["id"] or "unknown"
     giga = {name: f"{rate / 1e9:.0f}" for name, rate in rates.items() if isinstance(rate, float)}
     return (
-        f"{m['processor']} (family/model {m['family_model']}), {m['threads']} threads, {m['vector']}, "
-        f"{m['memory_gib']} GiB; torch {v['torch']}, torchtune {v['torchtune']}, Liger-Kernel {v['liger-kernel']}, "
-        f"TRL {v['trl']}; commit {commit[:12]}. Limits of the same run: in-place stream "
-        f"{giga['stream_bytes_per_second']} GB/s, read {giga['read_bytes_per_second']} GB/s, exponentials "
-        f"{giga['exps_per_second']} G/s, products bf16 {giga['mm_bf16_flops_per_second']} and fp32 "
-        f"{giga['mm_fp32_flops_per_second']} GFLOP/s (torch.mm)."
-    ) + "".join(f" Not shown: {case} ({why})." for case, why in found.get("not_shown", {}).items())
+        (
+            f"{m['processor']} (family/model {m['family_model']}), {m['threads']} threads, {m['vector']}, "
+            f"{m['memory_gib']} GiB; torch {v['torch']}, torchtune {v['torchtune']}, Liger-Kernel {v['liger-kernel']}, "
+            f"TRL {v['trl']}; commit {commit[:12]}. Limits of the same run: in-place stream "
+            f"{giga['stream_bytes_per_second']} GB/s, read {giga['read_bytes_per_second']} GB/s, exponentials "
+            f"{giga['exps_per_second']} G/s, products bf16 {giga['mm_bf16_flops_per_second']} and fp32 "
+            f"{giga['mm_fp32_flops_per_second']} GFLOP/s (torch.mm)."
+        )
+        + "".join(f" Not shown: {case} ({why})." for case, why in found.get("not_shown", {}).items())
+        + "".join(
+            f" Measured again at commit {commit[:12]}: {'; '.join(cases)}."
+            for commit, cases in found.get("measured_again", {}).items()
+        )
+    )
 
 
 def allocators(found: dict[str, Any]) -> list[str]:
