@@ -69,7 +69,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m demo
 
 bench: $(VENV)/.rivals
-	$(PYTEST) python_tests/test_benchmarks.py python_tests/test_benchmarks_model.py  # rivals are here: none is skipped
+	$(PYTEST) python_tests/test_benchmarks*.py  # rivals are here: none is skipped
 	$(BIN)/python -m benchmarks.run
 
 # Without a GPU: one line and exit status 2, before anything is installed.
