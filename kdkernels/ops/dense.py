@@ -93,13 +93,14 @@ _INPUTS = 14
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
+    ctx.backend = inputs[10]
     ctx.save_for_backward(output[1])
 
 
 def _backward(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if d_loss is None:
         return (None,) * _INPUTS
-    gradient = scale_by_incoming([ctx.saved_tensors[0]], d_loss)
+    gradient = scale_by_incoming([ctx.saved_tensors[0]], d_loss, ctx.backend)
     return (*once_differentiable([*gradient]), *(None,) * (_INPUTS - 1))
 
 
@@ -127,6 +128,7 @@ class DenseInPlace(torch.autograd.Function):
         )
         torch.autograd.graph.increment_version(student)
         ctx.mark_non_differentiable(stats)
+        ctx.backend = backend
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(buffer)
         return loss if per_row else summed(loss), stats
@@ -135,5 +137,5 @@ class DenseInPlace(torch.autograd.Function):
     def backward(ctx: Any, d_loss: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         if d_loss is None:
             return (None,) * 7
-        gradient = scale_by_incoming([ctx.saved_tensors[0]], d_loss)
+        gradient = scale_by_incoming([ctx.saved_tensors[0]], d_loss, ctx.backend)
         return (*once_differentiable([*gradient]), *(None,) * 6)

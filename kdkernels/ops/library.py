@@ -43,21 +43,25 @@ def summed(loss: Tensor) -> Tensor:
     return loss.sum(dtype=torch.float64).to(loss.dtype)
 
 
-def scale_by_incoming(buffers: list[Tensor], incoming: Tensor) -> list[Tensor]:
+def scale_by_incoming(buffers: list[Tensor], incoming: Tensor, backend: str) -> list[Tensor]:
     """The gradients in ``buffers`` times the gradient that reaches the loss, in place where nobody can tell.
 
     Args:
         buffers: gradients for an incoming gradient of one, ``[N, ...]`` each if ``incoming`` is ``[N]``.
         incoming: ``[]``, or ``[N]`` with one number per row.
+        backend: the one that computed them.
 
-    A graph that is not retained has no further use for its buffers: they are scaled where they are, and on a CPU,
-    where looking costs no synchronisation, left alone for the usual gradient of one. A retained graph's are copied.
+    A graph that is not retained has no further use for its buffers: they are scaled where they are, and left alone for
+    the usual gradient of one: on a CPU looking costs no synchronisation, Triton's kernel looks on the device. A
+    retained graph's are copied.
     """
     traced = any(type(b) is not Tensor for b in (*buffers, incoming))
     if traced:
         return [_scaled(b, _like_rows(incoming, b)) for b in buffers]
     if _graph_is_retained():
         buffers = [b.clone() for b in buffers]
+    if backend == "triton":
+        return _scaled_by_triton(buffers, incoming)
     if incoming.device.type == "cpu":
         if incoming.dim() and incoming.numel() and bool((incoming == incoming[0]).all()):
             incoming = incoming[0]  # no factor per row, hence no promotion
@@ -66,6 +70,18 @@ def scale_by_incoming(buffers: list[Tensor], incoming: Tensor) -> list[Tensor]:
     with torch.no_grad():
         for b in buffers:
             _scale_(b, _like_rows(incoming, b))
+    return buffers
+
+
+def _scaled_by_triton(buffers: list[Tensor], incoming: Tensor) -> list[Tensor]:
+    from kdkernels.triton import host  # imports triton
+
+    with torch.no_grad():
+        for b in buffers:
+            if host.scales(b):
+                host.scale_(b, incoming)
+            else:
+                _scale_(b, _like_rows(incoming, b))
     return buffers
 
 

@@ -277,7 +277,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
         ctx.options = [None if i in ctx.tensors else x for i, x in enumerate(inputs)]
         ctx.save_for_backward(*(inputs[i] for i in ctx.tensors))
     else:
-        ctx.wanted = Wanted(*inputs[-4:-1])
+        ctx.wanted, ctx.backend = Wanted(*inputs[-4:-1]), inputs[-6]
         ctx.save_for_backward(*(g for g, wanted in zip(output[1:4], ctx.wanted, strict=True) if wanted))
 
 
@@ -286,7 +286,7 @@ def _backward(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, 
     if d_loss is not None and ctx.per_row:
         gradients = _recompute(ctx, d_loss)
     elif d_loss is not None:
-        scaled = iter(scale_by_incoming(list(ctx.saved_tensors), d_loss))
+        scaled = iter(scale_by_incoming(list(ctx.saved_tensors), d_loss, ctx.backend))
         gradients = [next(scaled) if wanted else None for wanted in ctx.wanted]
     return tuple(_arrange(once_differentiable(gradients)))
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import divergences
-from kdkernels.triton import adaptive, dense, launch
+from kdkernels.triton import adaptive, dense, launch, scale
 from kdkernels.triton.element import as_triton
 
 if TYPE_CHECKING:
@@ -57,6 +57,30 @@ def divergence_rows_(
         arguments |= {**elements(spec.kernel), "CARRY": CARRIES.get(spec.kernel, 0)}
     with on(x.device):
         launch.start(kernel, (rows, 1, 1), arguments, sizes.options())
+
+
+def scales(buffer: Tensor) -> bool:
+    """Whether `scale_` can serve this buffer."""
+    return buffer.dtype in (torch.float32, torch.bfloat16, torch.float16) and (
+        buffer.is_contiguous() or (buffer.dim() == 2 and buffer.stride(1) == 1)
+    )
+
+
+def scale_(buffer: Tensor, factor: Tensor) -> None:
+    """``buffer *= factor`` for a factor ``[]`` or, one a row of ``buffer [N, ...]``, ``[N]``; a row whose factor is 0
+    becomes 0. The factor is looked at on the device: 1 leaves the memory alone."""
+    if buffer.numel() == 0:
+        return
+    per_row = factor.dim() == 1
+    rows = buffer.shape[0] if per_row or not buffer.is_contiguous() else 1
+    columns = buffer.numel() // rows
+    size, row_programs, parts = launch.scaling(rows, columns, buffer.element_size())
+    arguments = {
+        "x": buffer, "stride": buffer.stride(0) if rows > 1 else columns, "rows": rows, "columns": columns,
+        "factor": factor, "factor_stride": factor.stride(0) if per_row else 0, "PER_ROW": per_row, "SIZE": size,
+    }  # fmt: skip
+    with on(buffer.device):
+        launch.start(scale.scale_kernel, (row_programs, parts, 1), arguments, launch.SCALING.options())
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -58,6 +58,20 @@ def shape(vocab: int, itemsize: int, online: bool, stats: bool, major: int) -> S
     return Shape(min(warps, most, _MOST_WITH_STATS if stats else most), None if online else _REGISTERS)
 
 
+SCALING = Shape(8)
+_SCALING_VECTORS = 2
+_SCALING_PROGRAMS = 2048
+"""Two rounds of eight a multiprocessor, on 132 of them. A factor of 1 ends each after one read: the launch is as short
+for a gradient of gigabytes as for a small one."""
+
+
+def scaling(rows: int, columns: int, itemsize: int) -> tuple[int, int, int]:
+    """Entries of a tile and the grid (over rows, over tiles) for a gradient times a factor."""
+    size = _SCALING_VECTORS * SCALING.vectors * VECTOR // itemsize
+    over_rows = min(rows, _SCALING_PROGRAMS)
+    return size, over_rows, min(-(-columns // size), _SCALING_PROGRAMS // over_rows)
+
+
 def architecture(device: torch.device) -> int:
     """Major compute capability; 9 where there is no GPU to ask."""
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
