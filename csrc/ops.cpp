@@ -164,6 +164,13 @@ STABLE_TORCH_LIBRARY(kdkernels_C, m) {
       "float student_softcap, float teacher_scale, float teacher_softcap, Tensor w_kd, Tensor? w_ce, "
       "Tensor? labels, int kernel, float a, float b, float temperature, int vocab, Tensor(a!) loss, "
       "Tensor(b!)? dlogits, Tensor(c!)? stats) -> ()");
+  m.def(
+      "topk_(Tensor logits, Tensor? bias, float scale, float softcap, float temperature, int vocab, int k, "
+      "float[] other_temperatures, Tensor(a!) ids, Tensor(b!) log_probs, Tensor(c!) log_tail, "
+      "Tensor(d!)? entropy, Tensor(e!)? other_tails) -> ()");
+  m.def(
+      "draw_(Tensor logits, Tensor? bias, float scale, float softcap, float temperature, int vocab, "
+      "Tensor uniforms, Tensor(a!) ids) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kdkernels_C, CPU, m) { m.impl("dense_", TORCH_BOX(&kd::dense_)); }
