@@ -33,13 +33,12 @@ def _ours(case: Case, given: inputs.Inputs, recorder: Recorder) -> Tensor:
     import kdkernels as kd
 
     chosen = our_rival.divergence(case.divergence)
-    with our_host_code(recorder):
-        if isinstance(given, inputs.DenseInputs):
-            (logits,) = given.student()
-            return kd.distillation_loss(logits, given.teacher, chosen, inplace=True, backend="triton")
-        student = kd.LinearLogits(given.hidden, given.weight)
-        teacher = kd.LinearLogits(given.teacher_hidden, given.teacher_weight)
-        return kd.distillation_loss(student, teacher, chosen, backend="triton")
+    if isinstance(given, inputs.DenseInputs):
+        (logits,) = given.student()
+        return kd.distillation_loss(logits, given.teacher, chosen, inplace=True, backend="triton")
+    student = kd.LinearLogits(given.hidden, given.weight)
+    teacher = kd.LinearLogits(given.teacher_hidden, given.teacher_weight)
+    return kd.distillation_loss(student, teacher, chosen, backend="triton")
 
 
 @contextmanager
@@ -145,8 +144,6 @@ class Counted:
         module: what must be installed, and how to install it.
         ops, divergences: what it computes.
         around: a context that holds for forward and backward.
-        incoming: gradient that reaches the loss. On a GPU ours scales its gradient by it without a look at the number;
-            on a CPU, where the counting happens, a number other than 1 makes it do the same.
         rows: (case, target) -> rows of logits that exist at a time.
     """
 
@@ -156,7 +153,6 @@ class Counted:
     ops: tuple[str, ...] = ("dense", "linear")
     divergences: tuple[str, ...] = MAIN
     around: Callable[[Recorder], Any] = _as_it_is
-    incoming: float = 1.0
     rows: Callable[[Case, int], int] = _all_rows
 
     def absent(self) -> str:
@@ -170,7 +166,7 @@ class Counted:
 
 
 CONTESTANTS = (
-    Counted("ours", _ours, ("triton", "triton"), incoming=0.5, rows=_our_rows),
+    Counted("ours", _ours, ("triton", "triton"), around=our_host_code, rows=_our_rows),
     Counted("liger", _liger, ("liger_kernel", "liger-kernel==0.8.5"), rows=_liger_rows),
     Counted("trl", _trl, ("trl", "trl==1.16.0"), ops=("linear",), around=_trl_host_code),
     Counted("eager", _eager),
@@ -184,7 +180,7 @@ def steps(contestant: Counted, case: Case, target: int) -> list[Step]:
     recorder = Recorder(target, small.N * small.V)
     with contestant.around(recorder), recorder:
         loss = contestant.loss(small, given, recorder)
-        loss.backward(torch.full_like(loss, contestant.incoming))
+        loss.backward()
     if any(not bool(g.isfinite().all()) for g in given.gradients().values()):
         raise RuntimeError(f"{contestant.name} on {small.id}: the gradient is not finite, its counts mean nothing")
     return [*recorder.steps.values()]

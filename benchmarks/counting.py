@@ -78,12 +78,14 @@ class Recorder(TorchDispatchMode):
         self.steps: dict[str, Step] = {}
 
     def start(self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], options: dict[str, Any]) -> None:
-        """A launch, as `kdkernels.triton.launch.start` makes one."""
+        """A launch, as `kdkernels.triton.launch.start` makes one; one that gets no logits is not noted."""
         with _disable_current_modes():
             self.emulator.start(kernel, grid, arguments, options)
         found = self.emulator.reports[-1]
         loads = found.load_sectors + found.atomic_sectors
         operands = {x.data_ptr(): logits_bytes(x) for x in arguments.values() if isinstance(x, Tensor)}
+        if not any(operands.values()):
+            return
         counts = (
             loads,
             found.store_sectors + found.atomic_sectors,

@@ -104,15 +104,16 @@ def test_products_and_uncounted_work_are_left_out() -> None:
     assert [*recorder.steps] == ["exp"]
 
 
-def test_ours_reads_both_sides_twice_and_scales_the_gradient() -> None:
+def test_ours_reads_both_sides_twice_and_leaves_the_gradient_alone() -> None:
     steps = {s.name: s for s in counted.steps(contestant("ours"), Case("dense", "forward_kl", "bf16", 512, SHORT), 90)}
-    kernel, scale = steps["dense_kernel"], steps["mul_"]
+    kernel, scale = steps["dense_kernel"], steps["scale_kernel"]
     assert 32 * kernel.load_sectors == pytest.approx(8, rel=0.01)
     assert 32 * kernel.first_sectors == pytest.approx(4)
     assert 32 * kernel.store_sectors == pytest.approx(2, rel=0.01)
     assert 3 < kernel.special < 6
     assert kernel.thread_instructions <= 32 * kernel.warp_instructions
-    assert (32 * scale.load_sectors, 32 * scale.store_sectors) == (2, 2)
+    assert 32 * scale.load_sectors < 0.05
+    assert scale.store_sectors == 0
 
 
 def test_rows_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:

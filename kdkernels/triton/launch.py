@@ -59,7 +59,7 @@ def shape(vocab: int, itemsize: int, online: bool, stats: bool, major: int) -> S
 
 
 SCALING = Shape(8)
-_SCALING_VECTORS = 2
+_SCALING_VECTORS = 4
 _SCALING_PROGRAMS = 2048
 """Two rounds of eight a multiprocessor, on 132 of them. A factor of 1 ends each after one read: the launch is as short
 for a gradient of gigabytes as for a small one."""
