@@ -53,7 +53,7 @@ _HOMES = {
     "distillation_loss": "losses",
     "explain": "explanation",
 }
-_PACKAGES = ("compression", "data", "divergences", "ops", "trainers", "triton")
+_PACKAGES = ("compression", "data", "ddk", "divergences", "ops", "trainers", "triton")
 
 __all__ = [*_HOMES]  # noqa: PLE0604
 

@@ -87,7 +87,8 @@ def _transform(config: Any) -> tuple[float | None, float | None]:
 def hidden_states(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Last hidden states [B, L, H] of the base model; no logits are built, no cache is kept."""
     base = model.base_model
-    wanted = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+    wanted: dict[str, Any] = {k: batch[k] for k in ("input_ids", "position_ids", "attention_mask") if k in batch}
+    wanted["use_cache"] = False
     out = base(**{name: value for name, value in wanted.items() if _takes(base.forward, name)})
     states: torch.Tensor = out.last_hidden_state
     return states
