@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from torch.autograd import forward_ad
 from kdkernels._checks import fail, require_choice, require_finite_number, values_checked
 from kdkernels.backends import BACKENDS
 from kdkernels.logits import LinearLogits
+from kdkernels.ops.sparse import MODES
+from kdkernels.sparse_logits import SparseLogits
 
 _INTEGERS = (int, numbers.Integral, torch.SymInt)
 _REMEDIES = {
@@ -39,7 +42,7 @@ def check_fixed(
     """Every option that is the same for all batches, in itself."""
     check_scalars(temperature, temperature_scaling, kd_weight, ce_weight, chunk_bytes, vocab_size, ignore_index)
     require_choice("reduction", reduction, ("mean", "sum", "none"))
-    check_later(group, sparse_mode)
+    check_modes(group, sparse_mode)
     require_choice("backend", backend, ("auto", *BACKENDS))
     for name, value in (("shift", shift), ("inplace", inplace)):
         if not isinstance(value, bool):
@@ -105,19 +108,12 @@ def check_reduction(reduction: str, num_items: int | float | Tensor | None) -> N
         fail(ValueError, "num_items", num_items, "finite and > 0", "count the tokens of the whole accumulated batch")
 
 
-def check_later(group: object | None, sparse_mode: str) -> None:
-    """Arguments whose meaning comes with vocabulary shards and sparse teachers."""
-    require_choice("sparse_mode", sparse_mode, ("ghost", "renormalize", "truncate", "sampled"))
-    if sparse_mode != "ghost":
-        fail(ValueError, "sparse_mode", repr(sparse_mode), "'ghost'", "this version has no sparse teachers")
+def check_modes(group: object | None, sparse_mode: str) -> None:
+    """``sparse_mode`` in itself, and ``group``, whose meaning comes with vocabulary shards."""
+    require_choice("sparse_mode", sparse_mode, MODES)
     if group is not None:
-        fail(
-            ValueError,
-            "group",
-            group,
-            "None",
-            "this version has no vocabulary shards: gather the logits first",
-        )
+        remedy = "this version has no vocabulary shards: gather the logits first"
+        fail(ValueError, "group", group, "None", remedy)
 
 
 def check_not_forward_mode(student: Tensor | LinearLogits) -> None:
@@ -130,16 +126,20 @@ def check_not_forward_mode(student: Tensor | LinearLogits) -> None:
         fail(ValueError, "student", "a dual tensor of forward-mode differentiation", "a plain tensor", remedy)
 
 
-def check_pair(student: Tensor | LinearLogits, teacher: Tensor | LinearLogits, vocab_size: int | None) -> int:
+def check_pair(
+    student: Tensor | LinearLogits, teacher: Tensor | LinearLogits | SparseLogits, vocab_size: int | None
+) -> int:
     """Check the two sides against each other; returns the size of the vocabulary that they share."""
-    for name, side in (("student", student), ("teacher", teacher)):
-        check_side(name, side)
-    constant = teacher if isinstance(teacher, Tensor) else teacher.hidden
+    check_side("student", student)
+    if isinstance(teacher, SparseLogits):
+        what, constant = "teacher.log_probs", teacher.log_probs
+    else:
+        check_side("teacher", teacher)
+        what, constant = ("teacher", teacher) if isinstance(teacher, Tensor) else ("teacher.hidden", teacher.hidden)
     if constant.requires_grad:
-        what = "teacher" if isinstance(teacher, Tensor) else "teacher.hidden"
         remedy = "the teacher is a constant: call it under torch.no_grad() or pass .detach()"
         fail(ValueError, what, "a tensor that requires grad", "without gradient", remedy)
-    for name in ("dtype", "device"):
+    for name in ("device",) if isinstance(teacher, SparseLogits) else ("dtype", "device"):
         ours, theirs = getattr(student, name), getattr(teacher, name)
         if ours != theirs:
             fail(
@@ -176,7 +176,8 @@ def check_pair(student: Tensor | LinearLogits, teacher: Tensor | LinearLogits, v
 
 def check_side(name: str, side: object) -> None:
     if not isinstance(side, (Tensor, LinearLogits)):
-        fail(TypeError, name, type(side).__name__, "a tensor of logits or kd.LinearLogits")
+        allowed = "a tensor of logits or kd.LinearLogits" + (" (or kd.SparseLogits)" if name == "teacher" else "")
+        fail(TypeError, name, type(side).__name__, allowed)
     if isinstance(side, Tensor) and hasattr(side, "placements"):
         fail(
             TypeError,
@@ -244,7 +245,10 @@ def check_tokens(
         fail(ValueError, "token_weights", "a tensor that requires grad", "a constant", "pass .detach()")
 
 
-def under_autocast(side: Tensor | LinearLogits) -> Tensor | LinearLogits:
+AnyForm = TypeVar("AnyForm")
+
+
+def under_autocast(side: AnyForm) -> AnyForm | LinearLogits:
     """Under autocast, heads and hidden states in the autocast dtype, as ``F.linear`` would take them."""
     if not isinstance(side, LinearLogits) or not torch.amp.is_autocast_available(side.device.type):
         return side

@@ -27,10 +27,15 @@ class Verdict(NamedTuple):
     reason: str
 
 
-def judge(backend: str, device: torch.device, dtype: torch.dtype, kernel: str) -> Verdict:
-    """Whether ``backend`` computes the element function ``kernel`` for logits of this device and dtype."""
+def judge(backend: str, device: torch.device, dtype: torch.dtype, kernel: str, sparse: bool = False) -> Verdict:
+    """Whether ``backend`` computes the element function ``kernel`` for logits of this device and dtype.
+
+    ``sparse``: against a sparse teacher.
+    """
     if backend == "eager":
         return Verdict(backend, True, "plain torch, any device")
+    if backend == "triton" and sparse:
+        return Verdict(backend, False, "the Triton kernels take no sparse teachers yet")
     if backend == "triton":
         why = triton.obstacle(device, dtype)
         return Verdict(backend, not why, why or f"Triton kernels, {triton.version()}")
@@ -44,16 +49,18 @@ def judge(backend: str, device: torch.device, dtype: torch.dtype, kernel: str) -
         return Verdict(backend, False, native.reason())
     if native.kernel_id(kernel) is None:
         return Verdict(backend, False, native.why_not(kernel))
+    if sparse and native.why_not_sparse():
+        return Verdict(backend, False, native.why_not_sparse())
     return Verdict(backend, True, f"native kernels, {native.isa()}")
 
 
-def survey(device: torch.device, dtype: torch.dtype, kernel: str) -> list[Verdict]:
+def survey(device: torch.device, dtype: torch.dtype, kernel: str, sparse: bool = False) -> list[Verdict]:
     """The verdict on every backend, in the order in which ``auto`` tries them on this device."""
     order = _TABLE.get(device.type, ("eager",))
-    return [judge(name, device, dtype, kernel) for name in (*order, *(b for b in BACKENDS if b not in order))]
+    return [judge(name, device, dtype, kernel, sparse) for name in (*order, *(b for b in BACKENDS if b not in order))]
 
 
-def choose(requested: str, device: torch.device, dtype: torch.dtype, kernel: str) -> str:
+def choose(requested: str, device: torch.device, dtype: torch.dtype, kernel: str, sparse: bool = False) -> str:
     """The backend that serves, or an error that says why the requested one cannot."""
     name = requested
     if name == "auto":
@@ -61,8 +68,8 @@ def choose(requested: str, device: torch.device, dtype: torch.dtype, kernel: str
     require_choice("backend", name, ("auto", *BACKENDS))
     if name == "auto":
         order = _TABLE.get(device.type, ("eager",))
-        return next(name for name in order if judge(name, device, dtype, kernel).serves)
-    verdict = judge(name, device, dtype, kernel)
+        return next(name for name in order if judge(name, device, dtype, kernel, sparse).serves)
+    verdict = judge(name, device, dtype, kernel, sparse)
     if not verdict.serves:
         fail(
             ValueError,

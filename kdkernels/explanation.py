@@ -10,6 +10,7 @@ from kdkernels import arguments, backends, divergences
 from kdkernels.divergences import Divergence
 from kdkernels.logits import LinearLogits
 from kdkernels.modules import PER_CALL, DistillationLoss
+from kdkernels.sparse_logits import SparseLogits
 
 
 class Explanation(NamedTuple):
@@ -26,7 +27,7 @@ class Explanation(NamedTuple):
 
 def explain(
     student: Tensor | LinearLogits,
-    teacher: Tensor | LinearLogits | None = None,
+    teacher: Tensor | LinearLogits | SparseLogits | None = None,
     divergence: str | Divergence = "forward_kl",
     *,
     backend: str = "auto",
@@ -36,7 +37,7 @@ def explain(
 
     Args:
         student: logits or `LinearLogits`; only device and dtype matter.
-        teacher: accepted so that a call can be explained as it stands; unused.
+        teacher: only whether it is `SparseLogits` matters.
         divergence: name or object.
         backend: as in `kdkernels.distillation_loss`; an explicit choice that cannot serve raises here too.
         options: the call's other options; they are checked, and none of them changes the choice.
@@ -48,5 +49,5 @@ def explain(
     DistillationLoss(divergence, backend=backend, **{k: v for k, v in options.items() if k not in PER_CALL})
     student = arguments.under_autocast(student)
     kernel = divergences.get(divergence).kernel().name
-    chosen = backends.choose(backend, student.device, student.dtype, kernel)
-    return Explanation(chosen, backends.survey(student.device, student.dtype, kernel))
+    call = (student.device, student.dtype, kernel, isinstance(teacher, SparseLogits))
+    return Explanation(backends.choose(backend, *call), backends.survey(*call))

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from kdkernels import arguments, backends, divergences
-from kdkernels._checks import fail
-from kdkernels.chunking import chunk_rows
+from kdkernels import arguments, arguments_sparse, backends, divergences
+from kdkernels.calls import Call
 from kdkernels.divergences import Divergence, Kernel
 from kdkernels.logits import LinearLogits
-from kdkernels.ops.dense import DenseInPlace
 from kdkernels.ops.rows import RowSpec, accumulation_dtype
-from kdkernels.weights import RowWeights, TokenOptions, row_weights
+from kdkernels.sparse_logits import SparseLogits
+from kdkernels.weights import TokenOptions, row_weights
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -33,11 +30,13 @@ class DistillationStats(NamedTuple):
     divergence: Tensor
     """D(teacher, student) at the temperature, without T^2, nats."""
     teacher_entropy: Tensor
-    """Entropy of the teacher at the temperature, nats."""
+    """Entropy of the teacher at the temperature, nats. A sparse teacher's own ``entropy`` where it has one, else
+    that of what the mode compares with: kept entries and tail, kept entries renormalised, or draws' frequencies."""
     student_entropy: Tensor
     """Entropy of the student at the temperature, nats."""
     top1_agreement: Tensor
-    """1 where teacher and student have the same most likely token (ties: the lower id), else 0."""
+    """1 where teacher and student have the same most likely token (ties: the lower id; of a sparse teacher among the
+    kept), else 0."""
     nll: Tensor
     """Negative log-likelihood of the label under the student at temperature 1, nats; 0 without labels."""
     accuracy: Tensor
@@ -56,7 +55,7 @@ class DistillationOutput(NamedTuple):
 @overload
 def distillation_loss(
     student: Tensor | LinearLogits,
-    teacher: Tensor | LinearLogits,
+    teacher: Tensor | LinearLogits | SparseLogits,
     divergence: str | Divergence = ...,
     *,
     return_stats: Literal[False] = ...,
@@ -65,7 +64,7 @@ def distillation_loss(
 @overload
 def distillation_loss(
     student: Tensor | LinearLogits,
-    teacher: Tensor | LinearLogits,
+    teacher: Tensor | LinearLogits | SparseLogits,
     divergence: str | Divergence = ...,
     *,
     return_stats: Literal[True],
@@ -74,7 +73,7 @@ def distillation_loss(
 @overload
 def distillation_loss(
     student: Tensor | LinearLogits,
-    teacher: Tensor | LinearLogits,
+    teacher: Tensor | LinearLogits | SparseLogits,
     divergence: str | Divergence = ...,
     *,
     return_stats: bool,
@@ -82,7 +81,7 @@ def distillation_loss(
 ) -> Tensor | DistillationOutput: ...
 def distillation_loss(
     student: Tensor | LinearLogits,
-    teacher: Tensor | LinearLogits,
+    teacher: Tensor | LinearLogits | SparseLogits,
     divergence: str | Divergence = "forward_kl",
     *,
     temperature: float = 1.0,
@@ -108,8 +107,9 @@ def distillation_loss(
     Args:
         student: logits ``[..., V]`` (float32, bfloat16, float16, float64) or `LinearLogits`. The gradient reaches the
             logits, or the hidden states, head weight and bias, each only if it requires grad.
-        teacher: logits or `LinearLogits` of the same leading shape, dtype and device; a constant (a teacher that
-            requires grad is an error; its head's weight and bias are treated as constants).
+        teacher: logits or `LinearLogits` of the same leading shape, dtype and device, or `SparseLogits` of the same
+            leading shape and device at this temperature; a constant (a teacher that requires grad is an error; its
+            head's weight and bias are treated as constants).
         divergence: ``forward_kl``, ``reverse_kl``, ``jsd``, ``skew_kl``, ``skew_reverse_kl``, ``total_variation``,
             ``alpha_beta``, ``adaptive_kl``, or an object such as ``kd.JSD(beta=0.1)``. Natural logarithm.
         temperature: T in [1e-6, 1e6]; the divergence compares ``softmax(z / T)``. float32 keeps its six digits from
@@ -130,7 +130,11 @@ def distillation_loss(
         vocab_size: entries of the vocabulary that exist; padding beyond them on either side gets no mass and zero
             gradient. Needed where student and teacher differ in padding.
         group: vocabulary shards; not in this version, must be None.
-        sparse_mode: how a sparse teacher is compared; not in this version, must be "ghost".
+        sparse_mode: how `SparseLogits` are compared, S being the entries kept: ``"ghost"`` (S and one entry more, in
+            which each side's others are added up; at K = V the dense loss), ``"renormalize"`` (both sides normalised
+            on S, no gradient elsewhere), ``"truncate"`` (the divergence's formula summed over S alone: biased, may be
+            negative; for comparison with papers), or ``"sampled"`` (forward KL as the cross-entropy
+            ``-sum target log q``, whose gradient is unbiased; for ``kind="sampled"``, and only that).
         chunk_bytes: with `LinearLogits`, memory for the logits of one chunk of rows, bytes (default 256 MiB).
         backend: ``"auto"``, ``"eager"``, ``"cpp"``; `explain` says which serves and why.
         inplace: write the gradient over the student's logits, which saves a tensor of their size; they must not be
@@ -146,6 +150,8 @@ def distillation_loss(
             torch.compile values are not looked at: a label out of range or a negative weight makes its row NaN
             (``KDKERNELS_CHECK=1`` raises on a GPU).
 
+    `SparseLogits` whose ids are out of range or do not ascend are an error where values are looked at, else NaN rows.
+    The divergence has to be separable (not ``adaptive_kl``). Log-probabilities are not checked to be normalised.
     A row whose student or teacher holds NaN or +inf, or nothing but -inf, has a NaN loss and gradient and leaves other
     rows alone. A -inf logit is a masked entry: it has no mass, and mass on the other side, or a label, costs
     log-probability -1e4; so does finfo.min (any log-probability below -1e20). Other finite logits are never altered.
@@ -157,7 +163,7 @@ def distillation_loss(
         temperature, temperature_scaling, kd_weight, ce_weight, chunk_bytes, vocab_size, ignore_index
     )
     arguments.check_reduction(reduction, num_items)
-    arguments.check_later(group, sparse_mode)
+    arguments.check_modes(group, sparse_mode)
     arguments.check_not_forward_mode(student)
     student, teacher = arguments.under_autocast(student), arguments.under_autocast(teacher)
     vocab = arguments.check_pair(student, teacher, vocab_size)
@@ -168,119 +174,37 @@ def distillation_loss(
         temperature**2 if temperature_scaling == "t2" else 1.0, student.dtype == torch.float16,
     )  # fmt: skip
     weights, counted, divisor = row_weights(options, leading, student.device, accumulation_dtype(student.dtype), vocab)
-    kernel, serving = _resolve(divergence, backend, student.device.type, student.dtype)
-    spec = RowSpec(kernel.name, kernel.a, kernel.b, float(temperature), vocab)
-    call = _Call(spec, weights, serving, reduction == "none", return_stats)
-    if isinstance(student, Tensor) and isinstance(teacher, Tensor):
-        loss, stats = call.dense(student, teacher, inplace)
-    else:
-        loss, stats = call.linear(student, teacher, chunk_bytes)
+    sparse = isinstance(teacher, SparseLogits)
+    kernel, serving = _resolve(divergence, backend, student.device.type, student.dtype, sparse)
+    arguments_sparse.check_mode(teacher, sparse_mode, temperature, kernel.name)
+    if isinstance(teacher, SparseLogits):
+        arguments_sparse.check_ids(teacher, counted, vocab)
+    spec = RowSpec(kernel.name, kernel.a, kernel.b, float(temperature), vocab, sparse_mode if sparse else "")
+    call = Call(spec, weights, serving, reduction == "none", return_stats)
+    loss, stats = call.run(student, teacher, inplace, chunk_bytes)
     if divisor is not None:
         loss = loss / divisor
     if reduction == "none":
         loss = _unflatten(loss, leading, shift)
     if not return_stats:
         return loss
-    columns = [_unflatten(c, leading, shift) for c in (*stats.unbind(-1), counted)]
-    return DistillationOutput(loss, DistillationStats(*columns))
+    columns = [*stats.unbind(-1), counted]
+    if isinstance(teacher, SparseLogits) and teacher.entropy is not None:
+        known = torch.where(counted, teacher.entropy.detach().reshape(-1).to(columns[1].dtype), 0.0)
+        columns[1] = torch.where(columns[1].isnan(), columns[1], known)
+    return DistillationOutput(loss, DistillationStats(*(_unflatten(c, leading, shift) for c in columns)))
 
 
-def _resolve(divergence: str | Divergence, backend: str, device: str, dtype: torch.dtype) -> tuple[Kernel, str]:
+def _resolve(
+    divergence: str | Divergence, backend: str, device: str, dtype: torch.dtype, sparse: bool
+) -> tuple[Kernel, str]:
     """Element functions and backend of a call: the same for every call of a compiled graph, so not traced."""
     kernel = divergences.get(divergence).kernel()
-    return kernel, backends.choose(backend, torch.device(device), dtype, kernel.name)
+    return kernel, backends.choose(backend, torch.device(device), dtype, kernel.name, sparse)
 
 
 # What torch.compiler.assume_constant_result does, which imports the compiler: a second and a half for everyone.
 _resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-@dataclass(frozen=True)
-class _Call:
-    """A checked call, on its way to an operator."""
-
-    spec: RowSpec
-    weights: RowWeights
-    backend: str
-    per_row: bool
-    need_stats: bool
-
-    def dense(self, student: Tensor, teacher: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
-        need_grad = torch.is_grad_enabled() and student.requires_grad
-        if inplace and need_grad and not torch.compiler.is_compiling():
-            return self._dense_inplace(student, teacher)
-        loss, _, stats = torch.ops.kdkernels.dense(
-            _rows(student),
-            _rows(teacher),
-            *self.weights,
-            *self.spec,
-            self.backend,
-            self.per_row,
-            need_grad,
-            self.need_stats,
-        )
-        return loss, stats
-
-    def _dense_inplace(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        if student.is_leaf or (student._is_view() and student._base is not None and student._base.is_leaf):
-            remedy = "pass the logits that a model computed, or inplace=False"
-            fail(
-                ValueError,
-                "inplace",
-                True,
-                "False for a student that is (a view of) a leaf requiring grad",
-                remedy,
-            )
-        rows = _rows(student)
-        moved = rows.untyped_storage().data_ptr() != student.untyped_storage().data_ptr()
-        overlapping = rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]
-        if rows.numel() and (moved or overlapping):
-            remedy = "pass logits with evenly spaced rows (shift=True instead of logits[:, :-1]), or inplace=False"
-            fail(
-                ValueError,
-                "inplace",
-                f"True with strides {student.stride()}",
-                "False for logits that need a copy",
-                remedy,
-            )
-        inputs = (rows, _rows(teacher), self.weights, self.spec, self.backend, self.per_row, self.need_stats)
-        loss, stats = DenseInPlace.apply(*inputs)  # type: ignore[no-untyped-call]
-        return loss, stats
-
-    def linear(
-        self,
-        student: Tensor | LinearLogits,
-        teacher: Tensor | LinearLogits,
-        chunk_bytes: int | None,
-    ) -> tuple[Tensor, Tensor]:
-        rows = math.prod(student.shape[:-1])  # two sides: logits that exist are gathered where not every row counts
-        chunk = chunk_rows(rows, 2 * self.spec.vocab * student.dtype.itemsize, chunk_bytes)
-        sources = (_source(student), _source(teacher, detach=True))
-        grad = torch.is_grad_enabled()
-        needed = [grad and t is not None and t.requires_grad for t in sources[0][:3]]
-        loss, *_, stats = torch.ops.kdkernels.linear(
-            *sources[0], *sources[1], *self.weights, *self.spec, chunk, self.backend,
-            self.per_row, *needed, self.need_stats,
-        )  # fmt: skip
-        return loss, stats
-
-
-def _source(
-    side: Tensor | LinearLogits, detach: bool = False
-) -> tuple[Tensor, Tensor | None, Tensor | None, float, float]:
-    """The arguments of ``kdkernels::linear`` that describe one side."""
-    if isinstance(side, Tensor):
-        return _rows(side), None, None, 1.0, 0.0
-    weight, bias = side.weight, side.bias
-    if detach:
-        weight, bias = weight.detach(), None if bias is None else bias.detach()
-    return _rows(side.hidden), weight, bias, float(side.scale or 1.0), float(side.softcap or 0.0)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """``[..., V]`` as ``[N, V]`` with unit stride along the last dimension: a view where strides allow, else a copy."""
-    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    return rows if rows.stride(-1) == 1 or rows.shape[-1] <= 1 else rows.contiguous()
 
 
 def _unflatten(x: Tensor, leading: torch.Size, shift: bool) -> Tensor:

@@ -12,6 +12,7 @@ from kdkernels.divergences import Divergence
 from kdkernels.logits import LinearLogits
 from kdkernels.losses import DistillationOutput, distillation_loss
 from kdkernels.options import FixedOptions
+from kdkernels.sparse_logits import SparseLogits
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -58,7 +59,7 @@ class DistillationLoss(nn.Module):
     def forward(
         self,
         student: Tensor | LinearLogits,
-        teacher: Tensor | LinearLogits,
+        teacher: Tensor | LinearLogits | SparseLogits,
         labels: Tensor | None = None,
         *,
         token_weights: Tensor | None = None,

@@ -126,6 +126,19 @@ def why_not(name: str) -> str:
     return ""
 
 
+@functools.cache
+def why_not_sparse() -> str:
+    """Why the native library has no kernels for sparse teachers; empty when it has."""
+    if not available():
+        return reason()
+    if hasattr(torch.ops.kdkernels_C, "sparse_"):
+        return ""
+    return (
+        "the native kernels were built before there were any for sparse teachers: rebuild with pip install . "
+        "(in a source tree: pip install -e . --no-build-isolation)"
+    )
+
+
 def kernel_id(name: str) -> int | None:
     """The id that `dense_` takes for the kernel `name`; None where `why_not(name)` says why."""
     if why_not(name):
@@ -168,4 +181,39 @@ def dense_(
         student, teacher, student_bias, teacher_bias,
         student_scale, student_softcap, teacher_scale, teacher_softcap,
         w_kd, w_ce, labels, kernel, a, b, temperature, vocab, loss, dlogits, stats,
+    )  # fmt: skip
+
+
+def sparse_(
+    student: Tensor,
+    student_bias: Tensor | None,
+    student_scale: float,
+    student_softcap: float,
+    ids: Tensor,
+    log_probs: Tensor,
+    log_tail: Tensor,
+    w_kd: Tensor,
+    w_ce: Tensor | None,
+    labels: Tensor | None,
+    kernel: int,
+    a: float,
+    b: float,
+    excess: float,
+    mode: int,
+    temperature: float,
+    vocab: int,
+    loss: Tensor,
+    dlogits: Tensor | None,
+    stats: Tensor | None,
+) -> None:
+    """`dense_` for a teacher of which K entries a row are known.
+
+    ids [N, K] int32, log_probs [N, K] and log_tail [N] in the dtype of the loss, contiguous; mode counts
+    `kdkernels.ops.sparse.MODES`, excess is that of the divergence. Other arguments as for `dense_`.
+    """
+    if not available():
+        raise RuntimeError(f"kdkernels: no native kernels: {reason()}")
+    torch.ops.kdkernels_C.sparse_.default(
+        student, student_bias, student_scale, student_softcap, ids, log_probs, log_tail,
+        w_kd, w_ce, labels, kernel, a, b, excess, mode, temperature, vocab, loss, dlogits, stats,
     )  # fmt: skip

@@ -44,6 +44,12 @@ class Elements:
         @staticmethod
         def grad(lp: Tensor, lq: Tensor, a: float, b: float) -> Tensor: ...
 
+    @staticmethod
+    def excess(a: float, b: float) -> float:
+        """c, where `term` is the published formula plus ``c (q - p)``: over the whole vocabulary that sums to nothing,
+        over a part of it (``sparse_mode="truncate"``) it has to be taken off."""
+        return 0.0
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         has = [word for word in ("term", "grad") if word in vars(cls)]

@@ -26,3 +26,7 @@ class ForwardKL(Divergence):
         p = tl.exp(lp)
         q = tl.exp(lq)
         return q - p
+
+    @staticmethod
+    def excess(a: float, b: float) -> float:
+        return 1.0

@@ -25,3 +25,7 @@ class ReverseKL(Divergence):
     def grad(lp: Tensor, lq: Tensor, a: float, b: float) -> Tensor:
         q = tl.exp(lq)
         return q * (lq - lp)
+
+    @staticmethod
+    def excess(a: float, b: float) -> float:
+        return -1.0

@@ -37,3 +37,7 @@ class SkewKL(Divergence):
         q = tl.exp(lq)
         m = q + a * (p - q)
         return ((1.0 - a) * (a - 1.0)) * (p - q) * (q / m)  # (1 - a) q (1 - p / m)
+
+    @staticmethod
+    def excess(a: float, b: float) -> float:
+        return 1.0 - a

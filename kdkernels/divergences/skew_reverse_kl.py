@@ -37,3 +37,7 @@ class SkewReverseKL(Divergence):
         q = tl.exp(lq)
         m = p + a * (q - p)
         return q * (lq - tl.log(m) - (a * (1.0 - a)) * ((q - p) / m))  # log(q / m) + a (1 - q / m)
+
+    @staticmethod
+    def excess(a: float, b: float) -> float:
+        return a - 1.0

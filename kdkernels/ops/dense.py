@@ -6,13 +6,21 @@ gradient written once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kdkernels import memory
-from kdkernels.ops.library import EVERY_DEVICE, LIBRARY, once_differentiable, scale_by_incoming, summed
+from kdkernels.ops.library import (
+    EVERY_DEVICE,
+    LIBRARY,
+    once_differentiable,
+    register_row_autograd,
+    scale_by_incoming,
+    summed,
+)
 from kdkernels.ops.rows import STATS, RowSpec, Side, accumulation_dtype, divergence_rows_
 from kdkernels.weights import RowWeights
 
@@ -23,7 +31,8 @@ LIBRARY.define(
 )
 
 
-def _outputs(student: Tensor, need_grad: bool, need_stats: bool) -> tuple[Tensor, Tensor, Tensor]:
+def outputs(student: Tensor, need_grad: bool, need_stats: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised loss ``[N]``, gradient like ``student`` and statistics ``[N, 6]``, ``[0]`` where not wanted."""
     n, acc = student.shape[0], accumulation_dtype(student.dtype)
     loss = student.new_empty((n,), dtype=acc)
     dlogits = memory.empty(tuple(student.shape) if need_grad else (0,), student.dtype, student.device)
@@ -63,7 +72,7 @@ def dense(
     Returns:
         ``loss``, ``dlogits`` (of the sum, or of each row's loss: the same) of the student's shape, ``stats [N, 6]``.
     """
-    loss, dlogits, stats = _outputs(student, need_grad, need_stats)
+    loss, dlogits, stats = outputs(student, need_grad, need_stats)
     divergence_rows_(
         backend,
         Side(student),
@@ -83,49 +92,26 @@ LIBRARY.impl("dense", dense, EVERY_DEVICE)
 @torch.library.register_fake("kdkernels::dense", lib=LIBRARY)
 def _fake(student: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     per_row, need_grad, need_stats = args[-3:]
-    loss, dlogits, stats = _outputs(student, need_grad, need_stats)
+    loss, dlogits, stats = outputs(student, need_grad, need_stats)
     return loss if per_row else loss.new_empty(()), dlogits, stats
 
 
-_INPUTS = 14
+register_row_autograd("kdkernels::dense", count=14, backend=10)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.backend = inputs[10]
-    ctx.save_for_backward(output[1])
+class InPlace(torch.autograd.Function):
+    """An operator on rows that leaves the gradient where the student's logits were: no N x V tensor beside them.
 
-
-def _backward(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if d_loss is None:
-        return (None,) * _INPUTS
-    gradient = scale_by_incoming([ctx.saved_tensors[0]], d_loss, ctx.backend)
-    return (*once_differentiable([*gradient]), *(None,) * (_INPUTS - 1))
-
-
-torch.library.register_autograd("kdkernels::dense", _backward, setup_context=_setup, lib=LIBRARY)
-
-
-class DenseInPlace(torch.autograd.Function):
-    """`dense` that leaves the gradient where the student's logits were: no N x V tensor beside them."""
+    ``fill(side, loss, dlogits, stats)`` is a row function to which only those arguments are still missing.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        student: Tensor,
-        teacher: Tensor,
-        weights: RowWeights,
-        spec: RowSpec,
-        backend: str,
-        per_row: bool,
-        need_stats: bool,
+        ctx: Any, student: Tensor, fill: Callable[..., None], backend: str, per_row: bool, need_stats: bool
     ) -> tuple[Tensor, Tensor]:
         buffer = student.detach()
-        loss, _, stats = _outputs(student, False, need_stats)
-        divergence_rows_(
-            backend, Side(buffer), Side(teacher), weights, spec, loss, buffer, stats if need_stats else None
-        )
+        loss, _, stats = outputs(student, False, need_stats)
+        fill(Side(buffer), loss, buffer, stats if need_stats else None)
         torch.autograd.graph.increment_version(student)
         ctx.mark_non_differentiable(stats)
         ctx.backend = backend
@@ -136,6 +122,6 @@ class DenseInPlace(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         if d_loss is None:
-            return (None,) * 7
+            return (None,) * 5
         gradient = scale_by_incoming([ctx.saved_tensors[0]], d_loss, ctx.backend)
-        return (*once_differentiable([*gradient]), *(None,) * 6)
+        return (*once_differentiable([*gradient]), *(None,) * 4)

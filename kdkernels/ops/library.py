@@ -38,6 +38,30 @@ def once_differentiable(gradients: list[Tensor | None]) -> list[Tensor | None]:
     return [None if g is None else next(guarded) for g in gradients]
 
 
+def register_row_autograd(name: str, count: int, backend: int) -> None:
+    """Autograd of an operator that takes a student's logits first and returns (loss, dlogits, stats).
+
+    Args:
+        name: of the operator.
+        count: how many arguments it takes.
+        backend: which of them is the backend.
+    """
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.backend = inputs[backend]
+        ctx.save_for_backward(output[1])
+
+    def backward(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if d_loss is None:
+            return (None,) * count
+        gradient = scale_by_incoming([ctx.saved_tensors[0]], d_loss, ctx.backend)
+        return (*once_differentiable([*gradient]), *(None,) * (count - 1))
+
+    torch.library.register_autograd(name, backward, setup_context=setup, lib=LIBRARY)
+
+
 def summed(loss: Tensor) -> Tensor:
     """The sum ``[]`` of the rows' losses ``[N]``, in float64: it does not depend on the number of threads."""
     return loss.sum(dtype=torch.float64).to(loss.dtype)

@@ -35,6 +35,7 @@ class RowSpec(NamedTuple):
     b: float
     temperature: float
     vocab: int
+    mode: str = ""  # of a sparse teacher; see `kdkernels.eager_sparse`
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -42,7 +43,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _kernel_id(kernel: str) -> int:
+def kernel_id(kernel: str) -> int:
+    """The native library's number for an element function it serves."""
     number = native.kernel_id(kernel)
     if number is None:
         raise RuntimeError(f"backend 'cpp' cannot compute {kernel!r}: {native.why_not(kernel)}")
@@ -65,7 +67,7 @@ def divergence_rows_(
             student.x, teacher.x, student.bias, teacher.bias,
             student.scale, student.softcap, teacher.scale, teacher.softcap,
             weights.kd, weights.ce, weights.labels,
-            _kernel_id(spec.kernel), spec.a, spec.b, spec.temperature, spec.vocab,
+            kernel_id(spec.kernel), spec.a, spec.b, spec.temperature, spec.vocab,
             loss, dlogits, stats,
         )  # fmt: skip
         return
