@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kdkernels import trainers as trainers
+    from kdkernels.compression.cache import TeacherCache as TeacherCache
     from kdkernels.divergences import Divergence as Divergence
     from kdkernels.divergences.adaptive_kl import AdaptiveKL as AdaptiveKL
     from kdkernels.divergences.alpha_beta import AlphaBeta as AlphaBeta
@@ -49,6 +50,7 @@ _HOMES = {
     "SkewKL": "divergences.skew_kl",
     "SkewReverseKL": "divergences.skew_reverse_kl",
     "SparseLogits": "sparse_logits",
+    "TeacherCache": "compression.cache",
     "TotalVariation": "divergences.total_variation",
     "distillation_loss": "losses",
     "explain": "explanation",

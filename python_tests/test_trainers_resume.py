@@ -15,6 +15,7 @@ import torch
 from trainer_runs import config, lines, one_thread, place, weights, words
 
 import kdkernels as kd
+from kdkernels import durable
 from kdkernels.errors import UserError
 from kdkernels.trainers import Interrupted, checkpoint, distill, heads, models
 from kdkernels.trainers.config import config_from
@@ -93,7 +94,7 @@ def test_a_torn_write_leaves_the_old_checkpoint(tmp_path: Path) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        checkpoint.write_atomically(checkpoint.path_of(tmp_path, 1), torn)
+        durable.write_atomically(checkpoint.path_of(tmp_path, 1), torn)
     assert torch.equal(checkpoint.load(checkpoint.path_of(tmp_path, 1))["x"], torch.ones(3))
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001.pt"]
 

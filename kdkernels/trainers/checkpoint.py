@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent: temporary file, fsync, rename, fsync of the folder.
+"""Checkpoints that are whole or absent.
 
 One file per checkpoint, `step-00000123.pt`, read back with `weights_only=True` (tensors and plain values, no code).
 """
@@ -9,43 +9,17 @@ import json
 import os
 import random
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 
+from kdkernels.durable import write_atomically
 from kdkernels.errors import UserError
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8})\.pt")
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Call `write` on a temporary file beside `path`, then put it in place: a crash leaves the old or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut (where folders can be opened: not on Windows)."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def write_json(path: Path, value: Any) -> None:

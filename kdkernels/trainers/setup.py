@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from kdkernels.data import Corpus, load_corpus
+from kdkernels.durable import sync_folder
 from kdkernels.errors import UserError
 from kdkernels.trainers import checkpoint
 from kdkernels.trainers.config import DistillConfig
@@ -150,5 +151,5 @@ def save_student(student: Any, tokenizer: Any, output: Path) -> Path:
     if target.exists():
         shutil.rmtree(target)
     temporary.replace(target)
-    checkpoint.sync_folder(output)
+    sync_folder(output)
     return target

@@ -1,0 +1,262 @@
+"""Appending to a teacher cache: numpy alone, one writer at a time, nothing acknowledged that a crash could take back.
+
+`commit` writes what was appended as one shard (temporary file, fsync, rename, fsync of the folder) and then the
+manifest in the same way: when it returns, the examples are on disk. A kill leaves the state of the last commit, and
+perhaps a shard that no manifest lists; the next writer takes it in if it is whole, or deletes it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kdkernels._checks import fail
+from kdkernels.compression import codec
+from kdkernels.compression.manifest import NAME, SHARD_NAME, CacheError, Manifest, Settings, ShardEntry, read_manifest
+from kdkernels.compression.reader import CacheReader, checked_id
+from kdkernels.compression.shard import Example, Shard, input_hash, stamp, write_shard
+from kdkernels.durable import replace_file, sync_folder
+
+SHARD_BYTES = 64 << 20
+
+
+class CacheWriter:
+    """A cache open for appending. Its `reader` sees what is committed; `pending` holds the rest, encoded.
+
+    shard_bytes: `append` commits by itself when this much is pending.
+    """
+
+    def __init__(self, path: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
+        """Open an existing cache, with its state after the last commit."""
+        self.path = Path(path)
+        read_manifest(self.path)  # complains before anything is touched
+        self._start(_lock(self.path), shard_bytes)
+
+    @classmethod
+    def create(
+        cls, path: str | Path, settings: Settings, *, resume: bool = False, shard_bytes: int = SHARD_BYTES
+    ) -> CacheWriter:
+        """A new cache in a folder that is missing or empty; with `resume` also an existing one of these settings."""
+        self, folder = cls.__new__(cls), Path(path)
+        self.path = folder
+        _check_new(folder, resume)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fail(CacheError, "path", repr(str(path)), f"a folder that can be made ({error.strerror})", "choose another")
+        lock = _lock(folder)
+        try:
+            if (folder / NAME).exists():
+                _check_same(folder, read_manifest(folder).settings, settings)
+            else:
+                _write_manifest(folder, Manifest(settings))
+                sync_folder(folder)
+        except BaseException as error:
+            os.close(lock)
+            if isinstance(error, OSError):
+                raise CacheError(f"cache {str(folder)!r} cannot be written ({error.strerror})") from error
+            raise
+        self._start(lock, shard_bytes)
+        return self
+
+    def _start(self, lock: int, shard_bytes: int) -> None:
+        self._lock = lock
+        if isinstance(shard_bytes, bool) or not isinstance(shard_bytes, int) or shard_bytes < 1:
+            fail(CacheError, "shard_bytes", repr(shard_bytes), "an int, at least 1")
+        self.shard_bytes = shard_bytes
+        self.pending: dict[int, Example] = {}
+        self._pending_bytes = 0
+        self._synced = True
+        self.reader = CacheReader(self.path)
+        self.settings = self.reader.settings
+        try:
+            self._tidy()
+        except OSError as error:
+            raise CacheError(f"cache {str(self.path)!r} cannot be resumed ({error.strerror}); free space") from error
+
+    def _tidy(self) -> None:
+        """Remove what a killed writer left half-written; take in the shard it had finished but not listed."""
+        listed = {shard.file for shard in self.reader.manifest.shards}
+        for path in sorted(self.path.iterdir()):
+            if path.name.startswith(".") and path.name.endswith(".tmp"):
+                path.unlink()
+            elif SHARD_NAME.fullmatch(path.name) and path.name not in listed:
+                entry = self._whole(path)
+                if entry is None:
+                    path.unlink()
+                else:
+                    self._list(entry)
+
+    def _whole(self, path: Path) -> ShardEntry | None:
+        """The entry of an unlisted shard if it is ours, undamaged, and holds nothing that is there already."""
+        try:
+            shard = Shard(path)
+            if shard.stamp != stamp(self.settings) or shard.entry.file != path.name:
+                return None
+            for place, example_id in enumerate(shard.ids.tolist()):
+                codec.inspect(shard.block(place))
+                if example_id in self.reader:
+                    return None
+        except (CacheError, codec.CodecError):
+            return None
+        return shard.entry
+
+    def __contains__(self, example_id: Any) -> bool:
+        return checked_id(example_id) in self.pending or example_id in self.reader
+
+    def append(
+        self,
+        example_id: int,
+        ids: npt.NDArray[np.int32],
+        log_probs: npt.NDArray[np.float32],
+        log_tail: npt.NDArray[np.float32],
+        columns: Mapping[str, npt.NDArray[np.float32]] | None = None,
+        input_ids: npt.ArrayLike | None = None,
+    ) -> None:
+        """Add an example of L rows, as `codec.encode` takes them; acknowledged by the next `commit`."""
+        self._check_open()
+        number = checked_id(example_id)
+        if number in self:
+            remedy = "append every example once; `id in cache` tells what is there"
+            fail(CacheError, "example_id", number, "one that the cache does not have yet", remedy)
+        if ids.ndim != 2 or not len(ids) or ids.shape[1] > self.settings.k:
+            allowed = f"[L, K] with L at least 1 and K at most the cache's k ({self.settings.k})"
+            fail(CacheError, "ids shape", list(ids.shape), allowed, "append one example at a time")
+        block = codec.encode(
+            ids, log_probs, log_tail,
+            vocab_size=self.settings.vocab_size, bits=self.settings.bits, columns=columns or {},
+        )  # fmt: skip
+        key = 0 if input_ids is None else input_hash(input_ids)
+        self.pending[number] = Example(number, len(ids), key, block)
+        self._pending_bytes += len(block)
+        if self._pending_bytes >= self.shard_bytes:
+            self.commit()
+
+    def commit(self) -> None:
+        """Put everything appended on disk; when this returns it survives a crash.
+
+        `CacheError` on a full or failing disk: what was committed before is untouched, and what is pending stays in
+        memory, so that commit may be called again once there is room.
+        """
+        self._check_open()
+        try:
+            if self.pending:
+                entry = write_shard(self.path, [self.pending[i] for i in sorted(self.pending)], self.settings)
+                try:
+                    self._list(entry)
+                finally:
+                    if entry in self.reader.manifest.shards:
+                        self.pending, self._pending_bytes = {}, 0
+            if not self._synced:
+                self._sync()
+        except OSError as error:
+            raise CacheError(
+                f"cache {str(self.path)!r}: writing failed ({error.strerror}); the {len(self.reader)} examples "
+                f"committed are safe, {len(self.pending)} are pending in memory; free space and commit again, or resume"
+            ) from error
+
+    def _list(self, *entries: ShardEntry) -> None:
+        """Make shards that are in the folder part of the cache; if the manifest cannot list them they go again."""
+        manifest = self.reader.manifest.adding(*entries)
+        try:
+            sync_folder(self.path)
+            _write_manifest(self.path, manifest)
+        except BaseException:
+            if (self.path / NAME).read_bytes() != manifest.to_bytes():  # else interrupted when it was in place
+                for entry in entries:
+                    (self.path / entry.file).unlink(missing_ok=True)
+                raise
+        self._synced = False
+        self.reader._use(manifest)
+        self._sync()
+
+    def _sync(self) -> None:
+        sync_folder(self.path)
+        self._synced = True
+
+    def _check_open(self) -> None:
+        if self._lock < 0:
+            raise CacheError(f"cache {str(self.path)!r} was closed; open it for appending again with resume")
+
+    def close(self) -> None:
+        """Commit, and let others write."""
+        if self._lock >= 0:
+            self.commit()
+            self.release()
+
+    def release(self) -> None:
+        """Let others write, without committing: what is pending is lost."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+            self.pending, self._pending_bytes = {}, 0
+
+    def __enter__(self) -> CacheWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Commit, also what was appended before an exception; a cache that cannot be written hides no other error."""
+        try:
+            self.close()
+        except CacheError:
+            if error is None:
+                raise
+        finally:
+            self.release()
+
+    def __del__(self) -> None:
+        if getattr(self, "_lock", -1) >= 0:
+            os.close(self._lock)
+
+
+def _write_manifest(folder: Path, manifest: Manifest) -> None:
+    replace_file(folder / NAME, lambda file: (file.write(manifest.to_bytes()), None)[1])
+
+
+def _check_new(folder: Path, resume: bool) -> None:
+    """Refuse a path that holds something else (or, without `resume`, a cache)."""
+    if (folder / NAME).exists():
+        if not resume:
+            examples = read_manifest(folder).examples
+            remedy = "go on with resume=True (--resume), or choose another"
+            fail(CacheError, "path", repr(str(folder)), f"new, it is a cache of {examples} examples", remedy)
+    elif folder.exists() and not folder.is_dir():
+        fail(CacheError, "path", repr(str(folder)), "a folder, it is a file", "choose another")
+    elif folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+        fail(CacheError, "path", repr(str(folder)), "an empty folder or a cache, it is neither", "choose another")
+
+
+def _check_same(folder: Path, recorded: Settings, asked: Settings) -> None:
+    for name in recorded.differences(asked):
+        fail(
+            CacheError, name, repr(getattr(asked, name)),
+            f"as the cache {str(folder)!r} began, {getattr(recorded, name)!r}", "resume as it began, or choose another",
+        )  # fmt: skip
+
+
+def _lock(folder: Path) -> int:
+    """The lock of the one writer; it goes with the process, however that ends."""
+    try:
+        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+    except OSError as error:
+        fail(CacheError, "path", repr(str(folder)), f"a folder that can be written ({error.strerror})")
+    try:
+        import fcntl
+    except ModuleNotFoundError:  # Windows: two writers are not noticed
+        return handle
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        raise CacheError(
+            f"cache {str(folder)!r} is being written by another process; wait, or give every rank a path of its own"
+        ) from error
+    return handle
