@@ -43,16 +43,20 @@ def run(
     *,
     name: str | None = None,
     shared: int = 0,
+    cluster: int = 0,
     settings: Settings | None = None,
     memory: GlobalMemory | None = None,
 ) -> Report:
     """Executes a kernel, writing into the tensors and arrays given, and returns its counts.
 
     `arguments` in the kernel's order: CPU torch tensors and numpy arrays (mapped in place), `Unwritten(...)` of one, or
-    numbers (None and missing trailing ones count as 0). `shared`: bytes of dynamic shared memory. Raises PTXError.
+    numbers (None and missing trailing ones count as 0). `shared`: bytes of dynamic shared memory. `cluster`: CTAs of a
+    cluster as an attribute of the launch, for kernels that do not say it themselves. Raises PTXError.
     """
     settings = settings or Settings()
     kernel = parse(source, name) if isinstance(source, str) else source
+    if cluster:
+        kernel = dataclasses.replace(kernel, cluster=(cluster, 1, 1))
     memory = memory or GlobalMemory()
     values = [*arguments, *[0] * (len(kernel.parameters) - len(arguments))]
     if len(values) != len(kernel.parameters):
