@@ -9,13 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kdkernels.trainers.config import DistillConfig as DistillConfig
+    from kdkernels.trainers.hf import DistillationMixin as DistillationMixin
     from kdkernels.trainers.loop import DistillResult as DistillResult
     from kdkernels.trainers.loop import distill as distill
     from kdkernels.trainers.signals import Interrupted as Interrupted
+    from kdkernels.trainers.trainer import DistillationTrainer as DistillationTrainer
 
-_HOMES = {"DistillConfig": "config", "DistillResult": "loop", "distill": "loop", "Interrupted": "signals"}
+_HOMES = {
+    "DistillationMixin": "hf",
+    "DistillationTrainer": "trainer",
+    "DistillConfig": "config",
+    "DistillResult": "loop",
+    "distill": "loop",
+    "Interrupted": "signals",
+}
 
-__all__ = ["DistillConfig", "DistillResult", "Interrupted", "distill"]
+__all__ = ["DistillConfig", "DistillResult", "DistillationMixin", "DistillationTrainer", "Interrupted", "distill"]
 
 
 def __getattr__(name: str) -> Any:

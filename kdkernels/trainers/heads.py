@@ -18,6 +18,7 @@ from torch import nn
 
 import kdkernels as kd
 from kdkernels.errors import UserError
+from kdkernels.trainers.lora import is_lora, widened
 
 # name in the configuration -> what the model does with it
 RULES = {
@@ -64,10 +65,27 @@ def head_of(model: Any, role: str) -> Head:
     """The head of a transformers causal LM. Raises `UserError` for a head that is not one plain linear layer."""
     layer = model.get_output_embeddings()
     kind = type(layer).__name__
-    if not isinstance(layer, (nn.Linear, nn.Embedding)) or hasattr(layer, "base_layer"):
+    if not isinstance(layer, (nn.Linear, nn.Embedding)) or is_lora(layer):
         raise UserError(f"{role}: the head is a {kind}; allowed: one linear layer; merge adapters into it first")
     scale, softcap = _transform(getattr(model.config, "get_text_config", lambda: model.config)())
     return Head(layer.weight, getattr(layer, "bias", None), scale, softcap)
+
+
+def vocabulary(model: Any) -> int:
+    """Rows of a model's head, padding included."""
+    return int(model.get_output_embeddings().weight.shape[0])
+
+
+def logits_of(model: Any, batch: dict[str, torch.Tensor], role: str) -> kd.LinearLogits:
+    """The model's logits [B, L, V] for a batch, as hidden states and head; a LoRA adapter on the head is part of it."""
+    layer = model.get_output_embeddings()
+    hidden = hidden_states(model, batch)
+    if not is_lora(layer):
+        head = head_of(model, role)
+        return kd.LinearLogits(hidden, head.weight, bias=head.bias, softcap=head.softcap, scale=head.scale)
+    hidden, weight, bias = widened(layer, hidden)
+    scale, softcap = _transform(getattr(model.config, "get_text_config", lambda: model.config)())
+    return kd.LinearLogits(hidden, weight, bias=bias, softcap=softcap, scale=scale)
 
 
 def _transform(config: Any) -> tuple[float | None, float | None]:
@@ -100,25 +118,22 @@ def _takes(forward: Any, name: str) -> bool:
 
 
 @torch.no_grad()
-def check_head(model: Any, head: Head, role: str, device: torch.device) -> None:
-    """Raise `UserError` unless `head` reproduces the model's own logits on a handful of tokens."""
-    ids = torch.arange(1, 9, device=device).unsqueeze(0) % head.vocab
+def check_head(model: Any, head: Head | None, role: str, device: torch.device) -> None:
+    """Raise `UserError` unless `head` (None: what `logits_of` gives) makes the model's own logits of a few tokens."""
+    ids = torch.arange(1, 9, device=device).unsqueeze(0) % model.config.get_text_config().vocab_size
     batch = {"input_ids": ids, "position_ids": torch.arange(8, device=device).unsqueeze(0)}
     training = model.training
     model.eval()
     own = model(input_ids=ids).logits.double()
-    hidden = hidden_states(model, batch)
+    side = logits_of(model, batch, role) if head is None else head.logits(hidden_states(model, batch), torch.float64)
     model.train(training)
-    ours = hidden.double() @ head.weight.double().T
-    if head.bias is not None:
-        ours = ours + head.bias.double()
-    ours = ours * (1.0 if head.scale is None else head.scale)
-    if head.softcap is not None:
-        ours = head.softcap * torch.tanh(ours / head.softcap)
+    bias = None if side.bias is None else side.bias.double()
+    exact = kd.LinearLogits(side.hidden.double(), side.weight.double(), bias, side.softcap, side.scale)
+    ours = exact.materialize()
     ours = ours[..., : own.shape[-1]]
     # The model rounds its logits to its own dtype, at most a few times.
     error, size = float((ours - own).abs().max()), float(own.abs().max())
-    limit = 8 * torch.finfo(head.weight.dtype).eps * max(size, math.ulp(1.0))
+    limit = 8 * torch.finfo(model.dtype).eps * max(size, math.ulp(1.0))
     if not error <= max(limit, 1e-4 * size):
         raise UserError(
             f"{role}: {type(model).__name__} does more to its logits than kdkernels knows (largest difference "
