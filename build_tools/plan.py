@@ -131,7 +131,8 @@ def torch_library(tools: Toolchain, torch: Torch, nvcc: Nvcc | None, output: Pat
         "-DTORCH_TARGET_VERSION=0x020a000000000000",
         *(["-DKD_CUDA"] if cuda else []),
     ]
-    glue = tools.compile(tools.root / "csrc/ops.cpp", "torch_", [*defines, "-isystem", str(torch.include)])
+    sources = [tools.root / "csrc/ops.cpp", *sorted((tools.root / "csrc").glob("*_op.cpp"))]
+    glue = [tools.compile(source, "torch_", [*defines, "-isystem", str(torch.include)]) for source in sources]
     # No rpath: torch is always imported first, and its own libtorch_cpu.so is the one to bind to.
     flags = ["-shared", "-Wl,-z,now", f"-L{torch.lib}", "-ltorch_cpu"]
     if not tools.sanitize:
@@ -140,13 +141,19 @@ def torch_library(tools: Toolchain, torch: Torch, nvcc: Nvcc | None, output: Pat
         if nvcc is None or nvcc.lib is None:
             raise BuildError("nvcc was found but not libcudart_static.a beside it: install the CUDA development files")
         flags += [f"-L{nvcc.lib}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
-    steps = [glue, *cpu_kernels(tools), *cuda]
+    steps = [*glue, *cpu_kernels(tools), *cuda]
     return [*steps, tools.link(output, steps, flags)]
+
+
+def codec(tools: Toolchain, tag: str) -> list[Step]:
+    """csrc/codec*.cpp. A product is rounded before it is subtracted from: the same numbers on every processor."""
+    sources = sorted((tools.root / "csrc").glob("codec*.cpp"))
+    return [tools.compile(source, tag, ["-O3", "-ffp-contract=off"]) for source in sources]
 
 
 def python_module(tools: Toolchain, torch: Torch, output: Path) -> list[Step]:
     """kdkernels/_codec: pybind11, torch-free."""
     includes = [find_pybind11(torch), Path(sysconfig.get_path("include"))]
     flags = [word for folder in includes for word in ("-isystem", str(folder))]
-    step = tools.compile(tools.root / "csrc/bindings.cpp", "python_", flags)
-    return [step, tools.link(output, [step], ["-shared", "-Wl,-z,now"])]
+    steps = [tools.compile(tools.root / "csrc/bindings.cpp", "python_", flags), *codec(tools, "python_")]
+    return [*steps, tools.link(output, steps, ["-shared", "-Wl,-z,now"])]

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from kdkernels._checks import fail, require_choice, require_finite_number
+
+if TYPE_CHECKING:
+    from kdkernels.compression.encoded import EncodedLogits
 
 KINDS = ("topk", "sampled")
 
@@ -130,6 +134,21 @@ class SparseLogits:
         tails[self.temperature] = self.log_tail
         log_probs = torch.where(self.ids >= 0, log_probs, -torch.inf)
         return SparseLogits(self.ids, log_probs, log_tail, self.vocab_size, temperature, self.kind, None, tails)
+
+    def encode(self, bits: int = 8) -> EncodedLogits:
+        """Packed into few bytes: `EncodedLogits` with ``.nbytes`` and ``.decode()``.
+
+        Ids, ``log_tail``, ``entropy`` and ``other_tails`` stay as they are (float64 is rounded to float32).
+
+        Args:
+            bits: of a log-probability: 4 to 12 (quantised over the row's range), 16 (float16) or 32 (exact float32).
+
+        Raises:
+            ValueError: naming the row: ids that do not ascend or lie outside the vocabulary, NaN; or ``bits``.
+        """
+        from kdkernels.compression import encoded
+
+        return encoded.encode(self, bits)
 
     def to_dense(self) -> Tensor:
         """Log-probabilities ``[..., V]``, -inf where nothing is kept (the tail's mass is in ``log_tail`` alone)."""

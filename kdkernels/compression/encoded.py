@@ -1,0 +1,110 @@
+"""`EncodedLogits`: a `SparseLogits` packed into few bytes, for users of PyTorch.
+
+Plain functions on tensors, not registered operators: a block's length follows from its content, so neither
+torch.compile nor autograd has anything to do with it. Tensors reach the codec as numpy views, without a copy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdkernels._checks import fail
+from kdkernels.compression import codec
+
+if TYPE_CHECKING:
+    from kdkernels.sparse_logits import SparseLogits
+
+ENTROPY = "entropy"
+TAIL = "log_tail@"  # and the temperature
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedLogits:
+    """What `SparseLogits.encode` gives: the rows as one block of `kdkernels.compression.codec`.
+
+    Args:
+        data: the block, uint8 ``[nbytes]``; a tensor, so that it can be saved and sent like any other.
+        shape: leading shape of the rows.
+        temperature, kind: of the `SparseLogits`.
+    """
+
+    data: Tensor
+    shape: tuple[int, ...]
+    temperature: float = 1.0
+    kind: str = "topk"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.data, Tensor) or self.data.dtype != torch.uint8 or self.data.dim() != 1:
+            given = (
+                f"{list(self.data.shape)} of {self.data.dtype}" if isinstance(self.data, Tensor) else type(self.data)
+            )
+            fail(TypeError, "data", given, "a uint8 tensor [nbytes]", "use SparseLogits.encode")
+
+    def __repr__(self) -> str:
+        """Sizes and settings, not bytes."""
+        settings = f"temperature={self.temperature}, kind={self.kind!r}"
+        return f"EncodedLogits(nbytes={self.nbytes}, shape={list(self.shape)}, {settings})"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the block."""
+        return self.data.numel()
+
+    def info(self) -> codec.BlockInfo:
+        """What the block says of itself, the largest error of a log-probability included."""
+        return codec.inspect(self.data.cpu().numpy())
+
+    def decode(self, device: torch.device | str = "cpu") -> SparseLogits:
+        """The rows again, float32: ids, tails and entropy exactly, log-probabilities to within ``info().max_error``.
+
+        Raises:
+            CodecError: the block was damaged.
+        """
+        from kdkernels.sparse_logits import SparseLogits
+
+        block = self.data.cpu().numpy()
+        facts, rows = codec.inspect(block, verify=False), codec.decode(block)
+        if facts.rows != int(np.prod(self.shape)):
+            fail(ValueError, "shape", list(self.shape), f"that of the block's {facts.rows} rows")
+
+        def tensor(x: codec.Int32 | codec.Float32) -> Tensor:
+            return torch.from_numpy(x.reshape(*self.shape, *x.shape[1:])).to(device)
+
+        columns = {name: tensor(x) for name, x in rows.columns.items()}
+        tails = {float(name[len(TAIL) :]): x for name, x in columns.items() if name.startswith(TAIL)}
+        return SparseLogits(
+            tensor(rows.ids), tensor(rows.log_probs), tensor(rows.log_tail),
+            facts.vocab_size, self.temperature, self.kind, columns.get(ENTROPY), tails,
+        )  # fmt: skip
+
+
+def columns_of(sparse: SparseLogits) -> dict[str, Tensor]:
+    """Entropy and tails at other temperatures by the names under which a block keeps them."""
+    tails = {f"{TAIL}{float(temperature)!r}": x for temperature, x in sparse.other_tails.items()}
+    return tails if sparse.entropy is None else {ENTROPY: sparse.entropy, **tails}
+
+
+def encode(sparse: SparseLogits, bits: int = 8) -> EncodedLogits:
+    """What `SparseLogits.encode` does: docstring there."""
+
+    def numbers(x: Tensor) -> codec.Float32:
+        array: codec.Float32 = x.detach().float().cpu().numpy().reshape(-1)
+        return array
+
+    width = sparse.ids.shape[-1]
+    rows = sparse.ids.numel() // width if width else sparse.log_tail.numel()
+    block = codec.encode(
+        sparse.ids.cpu().numpy().reshape(rows, width),
+        numbers(sparse.log_probs).reshape(rows, width),
+        numbers(sparse.log_tail),
+        vocab_size=sparse.vocab_size,
+        bits=bits,
+        columns={name: numbers(x) for name, x in columns_of(sparse).items()},
+    )
+    data = torch.frombuffer(bytearray(block), dtype=torch.uint8)
+    return EncodedLogits(data, tuple(sparse.ids.shape[:-1]), sparse.temperature, sparse.kind)
