@@ -14,17 +14,27 @@ if TYPE_CHECKING:
     from kdkernels.trainers.loop import distill as distill
     from kdkernels.trainers.signals import Interrupted as Interrupted
     from kdkernels.trainers.trainer import DistillationTrainer as DistillationTrainer
+    from kdkernels.trainers.trl import TRLDistillationMixin as TRLDistillationMixin
 
 _HOMES = {
     "DistillationMixin": "hf",
     "DistillationTrainer": "trainer",
+    "TRLDistillationMixin": "trl",
     "DistillConfig": "config",
     "DistillResult": "loop",
     "distill": "loop",
     "Interrupted": "signals",
 }
 
-__all__ = ["DistillConfig", "DistillResult", "DistillationMixin", "DistillationTrainer", "Interrupted", "distill"]
+__all__ = [
+    "DistillConfig",
+    "DistillResult",
+    "DistillationMixin",
+    "DistillationTrainer",
+    "Interrupted",
+    "TRLDistillationMixin",
+    "distill",
+]
 
 
 def __getattr__(name: str) -> Any:

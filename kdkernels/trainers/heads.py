@@ -77,15 +77,27 @@ def vocabulary(model: Any) -> int:
 
 
 def logits_of(model: Any, batch: dict[str, torch.Tensor], role: str) -> kd.LinearLogits:
-    """The model's logits [B, L, V] for a batch, as hidden states and head; a LoRA adapter on the head is part of it."""
+    """The model's logits [B, L, V] for a batch, as hidden states and head."""
+    return head_logits(model, hidden_states(model, batch), role)
+
+
+def head_logits(model: Any, hidden: torch.Tensor, role: str) -> kd.LinearLogits:
+    """Logits that the model's head makes of hidden [..., H]; a LoRA adapter on the head is part of it."""
     layer = model.get_output_embeddings()
-    hidden = hidden_states(model, batch)
     if not is_lora(layer):
         head = head_of(model, role)
-        return kd.LinearLogits(hidden, head.weight, bias=head.bias, softcap=head.softcap, scale=head.scale)
+        bias = None if head.bias is None else _whole(head.bias)
+        return kd.LinearLogits(hidden, _whole(head.weight), bias=bias, softcap=head.softcap, scale=head.scale)
     hidden, weight, bias = widened(layer, hidden)
     scale, softcap = _transform(getattr(model.config, "get_text_config", lambda: model.config)())
     return kd.LinearLogits(hidden, weight, bias=bias, softcap=softcap, scale=scale)
+
+
+def _whole(parameter: torch.Tensor) -> torch.Tensor:
+    """A parameter that FSDP2 keeps in shards, gathered; its gradient goes back to the shards."""
+    gather = getattr(parameter, "full_tensor", None)
+    whole: torch.Tensor = parameter if gather is None else gather()
+    return whole
 
 
 def _transform(config: Any) -> tuple[float | None, float | None]:

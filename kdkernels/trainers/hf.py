@@ -118,7 +118,10 @@ class DistillationMixin:
             and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
         ):
             fail(ValueError, "zero_stage", 3, "0, 1 or 2", "to shard parameters use FSDP")
-        model = causal_lm(trainer.accelerator.unwrap_model(trainer.model))
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if any(getattr(c, "is_prompt_learning", False) for c in getattr(model, "peft_config", {}).values()):
+            fail(ValueError, "peft_config", "prompt learning", "an adapter inside the model, such as LoRA")
+        model = causal_lm(model)
         if getattr(model.config, "output_router_logits", False):
             fail(ValueError, "output_router_logits", True, "False", "auxiliary losses are not part of this loss")
         if not trainer.is_fsdp_enabled:
@@ -187,15 +190,15 @@ class DistillationMixin:
             )  # fmt: skip
         if isinstance(self.teacher, torch.nn.Module):
             side = self._from_model(batch)
-            return lambda like: side.to(like.dtype)
+            return lambda like: in_dtype(side, like.dtype)
         kept = self._from_cache(columns.get("example_id"), batch)
         return lambda like: kept.to(like.device)
 
-    def _from_model(self, batch: dict[str, Any]) -> Any:
+    def _from_model(self, batch: dict[str, Any]) -> kd.LinearLogits:
         trainer: Any = self
         inner = trainer.accelerator.unwrap_model(self.teacher)
         with torch.no_grad(), trainer.accelerator.autocast():
-            return through(self.teacher, inner, lambda: _Cast(logits_of(causal_lm(inner), batch, "teacher")))
+            return through(self.teacher, inner, lambda: logits_of(causal_lm(inner), batch, "teacher"))
 
     def _from_cache(self, ids: Any, batch: dict[str, Any]) -> SparseLogits:
         if ids is None:
@@ -220,13 +223,7 @@ class DistillationMixin:
         return output
 
 
-class _Cast:
-    """The teacher's side, to be computed in the student's dtype."""
-
-    def __init__(self, side: kd.LinearLogits) -> None:
-        self.side = side
-
-    def to(self, dtype: torch.dtype) -> kd.LinearLogits:
-        side = self.side
-        bias = None if side.bias is None else side.bias.to(dtype)
-        return kd.LinearLogits(side.hidden.to(dtype), side.weight.to(dtype), bias, side.softcap, side.scale)
+def in_dtype(side: kd.LinearLogits, dtype: torch.dtype) -> kd.LinearLogits:
+    """The same logits, computed in another dtype."""
+    bias = None if side.bias is None else side.bias.to(dtype)
+    return kd.LinearLogits(side.hidden.to(dtype), side.weight.to(dtype), bias, side.softcap, side.scale)
