@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import torch
 
-from kdkernels import native, triton
+from kdkernels import native, onchip, triton
 from kdkernels._checks import fail, require_choice
 
 BACKENDS = ("eager", "cpp", "triton", "cuda")
-_TABLE = {"cpu": ("cpp", "eager"), "cuda": ("triton", "eager")}
+_TABLE = {"cpu": ("cpp", "eager"), "cuda": ("cuda", "triton", "eager")}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -39,8 +39,11 @@ def judge(backend: str, device: torch.device, dtype: torch.dtype, kernel: str, s
     if backend == "triton":
         why = triton.obstacle(device, dtype)
         return Verdict(backend, not why, why or f"Triton kernels, {triton.version()}")
-    if backend != "cpp":
-        return Verdict(backend, False, f"the {backend} kernels of the losses are not part of this version")
+    if backend == "cuda" and sparse:
+        return Verdict(backend, False, "the CUDA kernels of the losses take no sparse teachers")
+    if backend == "cuda":
+        why = onchip.obstacle(device, dtype, kernel)
+        return Verdict(backend, not why, why or "CUDA kernels for rows that no cache keeps, Triton kernels for others")
     if device.type != "cpu":
         return Verdict(backend, False, f"serves CPU tensors, these are on {device}")
     if dtype not in _DTYPES:

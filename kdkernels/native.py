@@ -217,3 +217,30 @@ def sparse_(
         student, student_bias, student_scale, student_softcap, ids, log_probs, log_tail,
         w_kd, w_ce, labels, kernel, a, b, excess, mode, temperature, vocab, loss, dlogits, stats,
     )  # fmt: skip
+
+
+def has_onchip() -> bool:
+    """Whether the native library has the CUDA kernels of forward and reverse KL."""
+    return available() and hasattr(torch.ops.kdkernels_C, "kl_onchip_")
+
+
+def kl_onchip_(
+    student: Tensor,
+    teacher: Tensor,
+    w_kd: Tensor,
+    reverse: bool,
+    temperature: float,
+    vocab: int,
+    cluster: int,
+    stages: int,
+    loss: Tensor,
+    dlogits: Tensor | None,
+) -> None:
+    """Rows of forward or reverse KL on a GPU of compute capability 9.0 or later; writes ``loss`` and ``dlogits``.
+
+    student, teacher, dlogits [N, >= vocab] of float32, bfloat16 or float16, rows at 16-byte boundaries; w_kd, loss
+    float32 [N]. cluster, stages: a `kdkernels.onchip.Plan`. Raises RuntimeError naming the argument at fault.
+    """
+    torch.ops.kdkernels_C.kl_onchip_.default(
+        student, teacher, w_kd, reverse, temperature, vocab, cluster, stages, loss, dlogits
+    )

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdkernels import eager, native
+from kdkernels import eager, native, onchip
 from kdkernels.weights import RowWeights
 
 STATS = 6
@@ -75,5 +75,8 @@ def divergence_rows_(
         from kdkernels.triton import host  # imports triton
 
         host.divergence_rows_(student, teacher, weights, spec, loss, dlogits, stats)
+        return
+    if backend == "cuda":
+        onchip.divergence_rows_(student, teacher, weights, spec, loss, dlogits, stats)
         return
     eager.divergence_rows_(student, teacher, weights, spec, loss, dlogits, stats)
