@@ -26,13 +26,12 @@ from torch import Tensor
 from kdkernels._checks import fail
 from kdkernels.compression import codec
 from kdkernels.compression.dataset import CacheDataset
+from kdkernels.compression.encoded import ENTROPY, TAIL
 from kdkernels.compression.manifest import CacheError, Settings
 from kdkernels.compression.merge import merge
 from kdkernels.compression.reader import CacheReader, Int64
 from kdkernels.compression.writer import SHARD_BYTES, CacheWriter
 from kdkernels.sparse_logits import SparseLogits
-
-ENTROPY, TAIL = "entropy", "tail@"  # columns of a codec block
 
 
 class TeacherCache:
@@ -126,7 +125,7 @@ class TeacherCache:
         """
         writer = self._appending
         self._check(sparse)
-        columns = {f"{TAIL}{t!r}": _array(sparse.other_tails[t]) for t in self.settings.others}
+        columns = {f"{TAIL}{float(t)!r}": _array(sparse.other_tails[t]) for t in self.settings.others}
         if self.settings.entropy:
             assert sparse.entropy is not None
             columns[ENTROPY] = _array(sparse.entropy)
@@ -207,7 +206,7 @@ class TeacherCache:
     def _sparse(self, decoded: codec.Decoded) -> SparseLogits:
         ours, columns = self.settings, decoded.columns
         entropy = torch.from_numpy(columns[ENTROPY]) if ENTROPY in columns else None
-        tails = {t: torch.from_numpy(columns[f"{TAIL}{t!r}"]) for t in ours.others}
+        tails = {t: torch.from_numpy(columns[f"{TAIL}{float(t)!r}"]) for t in ours.others}
         return SparseLogits(
             torch.from_numpy(decoded.ids), torch.from_numpy(decoded.log_probs), torch.from_numpy(decoded.log_tail),
             ours.vocab_size, float(ours.temperature), ours.kind, entropy, tails,

@@ -131,7 +131,7 @@ class CacheReader:
             self.check_input(int(shard.input_hashes[place]), example_id, input_ids)
         block = shard.block(place)
         try:
-            decoded = codec.decode(block)
+            decoded = codec.decode(block, verify=False)  # the shard's checksum was compared
         except codec.CodecError as error:
             raise CacheError(f"example {example_id} of {str(shard.path)!r} cannot be decoded: {error}") from error
         if len(decoded.log_tail) != shard.rows[place]:
@@ -161,15 +161,14 @@ class CacheReader:
         ids: Int64 = np.sort(np.concatenate(found)) if found else np.zeros(0, np.int64)
         return ids
 
-    def ids_by_input(self) -> dict[int, int]:
-        """Example id by hash of its tokens, of those that have one; of equal ones the first."""
-        found: dict[int, int] = {}
-        for number in range(len(self._firsts)):
-            shard = self._shard(number)
-            for key, example_id in zip(shard.input_hashes.tolist(), shard.ids.tolist(), strict=True):
-                if key:
-                    found.setdefault(key, example_id)
-        return found
+    def inputs(self) -> tuple[npt.NDArray[np.uint64], Int64]:
+        """(hashes of tokens, ascending; their example ids), of the examples that have one; of equal ones the first."""
+        shards = [self._shard(number) for number in range(len(self._firsts))]
+        hashes = np.concatenate([np.zeros(0, np.uint64), *(shard.input_hashes for shard in shards)])
+        ids = np.concatenate([np.zeros(0, np.int64), *(shard.ids for shard in shards)])
+        order = np.lexsort((ids, hashes))
+        order = order[hashes[order] != 0]
+        return hashes[order].astype(np.uint64), ids[order].astype(np.int64)
 
     def require(self, *, vocab_size: int | None = None, tokenizer_hash: str | None = None) -> None:
         """Raise `CacheError` unless a student of this vocabulary and tokeniser can learn from the cache."""
