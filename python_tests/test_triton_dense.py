@@ -14,7 +14,7 @@ from ptx.triton_shim import Emulator
 
 import kdkernels as kd
 from kdkernels.divergences import Divergence
-from kdkernels.triton import host
+from kdkernels.triton import forms, host
 
 pytestmark = pytest.mark.thin(6)
 
@@ -51,6 +51,34 @@ def test_every_divergence(divergence: Divergence, served: Serve) -> None:
     for kind in kinds:
         student, teacher = cases.pair(kind, 2, 301, torch.float32)
         oracle.check(student, teacher, divergence, backend="triton", temperature=0.7)
+
+
+@pytest.mark.parametrize("divergence", [kd.AlphaBeta(0.2, 0.7), kd.AlphaBeta(0.3, 0.7), kd.AlphaBeta(0.6, 0)], ids=ids)
+def test_powers_of_large_log_ratios(divergence: Divergence, served: Serve) -> None:
+    """Where one power of the compiled form would vanish or overflow before its product does."""
+    served()
+    gaps = torch.tensor([70.0, 85, 100, 125, 200, 285, 290, 295, 300, 440])
+    student = torch.randn(10, 301, generator=torch.Generator().manual_seed(0))
+    teacher = student + 0.1
+    for side in (student, teacher):
+        side[:, 9] = 12.0
+    teacher[:, 9] -= gaps
+    teacher[:, 3] = 12.0
+    oracle.check(student, teacher, divergence, backend="triton")
+    oracle.check(teacher, student, divergence, backend="triton")
+
+
+def test_forms_are_taken_where_they_hold() -> None:
+    for kernel, a, b in (
+        ("jsd", 0.01, 0.0),
+        ("alpha_beta", 0.2, 0.7),
+        ("alpha_beta", 0.3, 0.7),
+        ("alpha_beta_b0", 1, 0),
+    ):
+        assert forms.find(kernel, a, b) is not None
+    for kernel, a, b in (("skew_kl", 0.1, 0.0), ("alpha_beta", 0.1, 0.7), ("alpha_beta", 0.5, 0.6),
+                         ("alpha_beta_b0", 0.1, 0), ("alpha_beta_a0", 0, 0.5)):  # fmt: skip
+        assert forms.find(kernel, a, b) is None
 
 
 MILD = ("ordinary", "flat", "flat_student", "identical", "shifted")

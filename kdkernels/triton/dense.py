@@ -10,6 +10,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from kdkernels.triton.careful import careful_sums, careful_tops
+from kdkernels.triton.forms import ELEMENT
 from kdkernels.triton.rows import (
     FORWARD,
     HOPELESS,
@@ -108,8 +109,8 @@ def firsts_of(
 @triton.jit
 def fast_row(
     student, teacher, span, s, t, d, total, cold_sum, heat, tops, norms, out, weights, label, numbers,
-    QUICK_GRAD: tl.constexpr, CARRY: tl.constexpr, COLD: tl.constexpr, FORM_S: tl.constexpr, FORM_T: tl.constexpr,
-    LAYOUT: tl.constexpr, ROWS: tl.constexpr, VEC: tl.constexpr,
+    QUICK_GRAD: tl.constexpr, KIND: tl.constexpr, CARRY: tl.constexpr, COLD: tl.constexpr,
+    FORM_S: tl.constexpr, FORM_T: tl.constexpr, LAYOUT: tl.constexpr, ROWS: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """A row without masked entries, after its first sweep."""
     kd, ce = weights
@@ -128,7 +129,7 @@ def fast_row(
         else:
             given = online_numbers(s, t, c, d, k, ce_hot, CARRY)
         gradient_sweep(out[3], student, teacher, span, given, ce, label[0], (s[0], 1.0 / cold_sum),
-                       QUICK_GRAD, CARRY, False, COLD, FORM_S, FORM_T, LAYOUT, ROWS, VEC)  # fmt: skip
+                       QUICK_GRAD, KIND, CARRY, False, COLD, FORM_S, FORM_T, LAYOUT, ROWS, VEC)  # fmt: skip
 
 
 @triton.jit
@@ -151,12 +152,12 @@ def careful_row(
         if label[0] is not None:
             nll = tl.where(label[2], label_loss(label[3], m_s, libdevice.log(cold_sum)), 0.0)
         d, total, _ = stats_sweep(student, teacher, span, norm_s, norm_t, per_t, a, b,
-                                  TERM, GRAD, True, FORM_S, FORM_T, LAYOUT, ROWS, VEC)  # fmt: skip
+                                  TERM, GRAD, True, ELEMENT, FORM_S, FORM_T, LAYOUT, ROWS, VEC)  # fmt: skip
         store_row(out, d, nll, (entropy(s, heat[0]), entropy(t, heat[1])), firsts, weights, label)
         if out[3] is not None:
             given = (norm_s, norm_t, per_t, a, b, kd * per_t, (0.0 if COLD else ce) - total * (kd * per_t))
             gradient_sweep(out[3], student, teacher, span, given, ce, label[0], (m_s, 1.0 / cold_sum),
-                           GRAD, NOTHING, True, COLD, FORM_S, FORM_T, LAYOUT, ROWS, VEC)  # fmt: skip
+                           GRAD, ELEMENT, NOTHING, True, COLD, FORM_S, FORM_T, LAYOUT, ROWS, VEC)  # fmt: skip
     else:
         store_everything(out, vocab, float("nan"), ROWS)
 
@@ -164,7 +165,8 @@ def careful_row(
 @triton.jit
 def one_row(
     begin_s, begin_t, shift, out, given_s, given_t, vocab, weights, label, numbers,
-    TERM: tl.constexpr, GRAD: tl.constexpr, QUICK_TERM: tl.constexpr, QUICK_GRAD: tl.constexpr,
+    TERM: tl.constexpr, GRAD: tl.constexpr,
+    QUICK_TERM: tl.constexpr, SUM_GRAD: tl.constexpr, QUICK_GRAD: tl.constexpr, KIND: tl.constexpr,
     CARRY: tl.constexpr, COLD: tl.constexpr, FORM_S: tl.constexpr, FORM_T: tl.constexpr,
     LAYOUT: tl.constexpr, ROWS: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
@@ -180,16 +182,18 @@ def one_row(
     d, total = 0.0, 0.0
     if fine:
         if CARRY == NOTHING:
-            d, total, fine = stats_sweep(student, teacher, span, norms[0], norms[1], per_t, a, b,
-                                         QUICK_TERM, QUICK_GRAD, False, FORM_S, FORM_T, LAYOUT, ROWS, VEC)  # fmt: skip
+            d, total, fine = stats_sweep(
+                student, teacher, span, norms[0], norms[1], per_t, a, b,
+                QUICK_TERM, SUM_GRAD, False, KIND, FORM_S, FORM_T, LAYOUT, ROWS, VEC,
+            )  # fmt: skip
         else:
             d = online_divergence(s, t, cross, CARRY)
             if d < SMALL:
                 d, total, _ = stats_sweep(student, teacher, span, norms[0], norms[1], per_t, a, b,
-                                          TERM, GRAD, True, FORM_S, FORM_T, LAYOUT, ROWS, VEC)  # fmt: skip
+                                          TERM, GRAD, True, ELEMENT, FORM_S, FORM_T, LAYOUT, ROWS, VEC)  # fmt: skip
     if fine:
         fast_row(student, teacher, span, s, t, d, total, cold_sum, heat, tops, norms, out, weights, label, numbers,
-                 QUICK_GRAD, CARRY, COLD, FORM_S, FORM_T, LAYOUT, ROWS, VEC)  # fmt: skip
+                 QUICK_GRAD, KIND, CARRY, COLD, FORM_S, FORM_T, LAYOUT, ROWS, VEC)  # fmt: skip
     else:
         careful_row(student, teacher, span, vocab, out, weights, label, numbers,
                     TERM, GRAD, COLD, FORM_S, FORM_T, LAYOUT, ROWS, VEC)  # fmt: skip
@@ -200,7 +204,8 @@ def dense_kernel(
     student, student_stride, student_bias, student_scale, student_cap,
     teacher, teacher_stride, teacher_bias, teacher_scale, teacher_cap,
     dlogits, dlogits_stride, dlogits_vocab, loss, stats, w_kd, w_ce, labels, vocab, per_t, c, a, b,
-    TERM: tl.constexpr, GRAD: tl.constexpr, QUICK_TERM: tl.constexpr, QUICK_GRAD: tl.constexpr,
+    TERM: tl.constexpr, GRAD: tl.constexpr,
+    QUICK_TERM: tl.constexpr, SUM_GRAD: tl.constexpr, QUICK_GRAD: tl.constexpr, KIND: tl.constexpr,
     CARRY: tl.constexpr, COLD: tl.constexpr, FORM_S: tl.constexpr, FORM_T: tl.constexpr,
     LAYOUT: tl.constexpr, ROWS: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
@@ -213,7 +218,8 @@ def dense_kernel(
         loss: float32 ``[N]``; stats: float32 ``[N, 6]`` or None.
         w_kd, w_ce: float32 ``[N]``, w_ce or None; labels: int64 ``[N]`` or None.
         per_t, c: 1 / T and log2(e) / T; a, b: parameters of TERM and GRAD.
-        TERM, GRAD, QUICK_*: element functions, and the same without the clamp of exp for rows that need none.
+        TERM, GRAD: element functions. QUICK_*: the same without the clamp of exp for rows that need none, or a
+            form of `forms`, which KIND says; SUM_GRAD for the sum of grad.
         CARRY: `NOTHING`, or `FORWARD`, `REVERSE` for the two divergences that one sweep settles.
         COLD: labels at T != 1 need sums of their own.
 
@@ -247,5 +253,5 @@ def dense_kernel(
     else:
         one_row(begin_s, begin_t, shift, out, (student_bias, student_scale, student_cap),
                 (teacher_bias, teacher_scale, teacher_cap), vocab, (kd, ce), label, (per_t, c, a, b),
-                TERM, GRAD, QUICK_TERM, QUICK_GRAD, CARRY, COLD,
+                TERM, GRAD, QUICK_TERM, SUM_GRAD, QUICK_GRAD, KIND, CARRY, COLD,
                 FORM_S, FORM_T, LAYOUT, ROWS, VEC)  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import divergences
-from kdkernels.triton import adaptive, dense, launch, scale
+from kdkernels.triton import adaptive, dense, forms, launch, scale
 from kdkernels.triton.element import as_triton
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def divergence_rows_(
         del arguments["b"]
     else:
         kernel = dense.dense_kernel
-        arguments |= {**elements(spec.kernel), "CARRY": CARRIES.get(spec.kernel, 0)}
+        arguments |= {**elements(spec), "CARRY": CARRIES.get(spec.kernel, 0)}
     with on(x.device):
         launch.start(kernel, (rows, 1, 1), arguments, sizes.options())
 
@@ -111,15 +111,15 @@ def numbers(spec: RowSpec) -> dict[str, Any]:
     return {"vocab": spec.vocab, "per_t": per_t, "c": per_t * math.log2(math.e), "a": float(spec.a), "b": float(spec.b)}
 
 
-def elements(kernel: str) -> dict[str, Any]:
-    """The element functions of a kernel name, with and without exp's clamp."""
-    functions = divergences.elements(kernel)
+def elements(spec: RowSpec) -> dict[str, Any]:
+    """The element functions, and their forms for rows without masked entries."""
+    functions = divergences.elements(spec.kernel)
+    quick, summed = as_triton(functions.term, True), as_triton(functions.grad, True)
+    form = forms.find(spec.kernel, spec.a, spec.b) or forms.Form(quick, summed, summed, 0)
     return {
-        "TERM": as_triton(functions.term),
-        "GRAD": as_triton(functions.grad),
-        "QUICK_TERM": as_triton(functions.term, True),
-        "QUICK_GRAD": as_triton(functions.grad, True),
-    }
+        "TERM": as_triton(functions.term), "GRAD": as_triton(functions.grad),
+        "QUICK_TERM": form.term, "SUM_GRAD": form.grad, "QUICK_GRAD": form.weighed, "KIND": form.kind,
+    }  # fmt: skip
 
 
 def form(given: Side) -> int:

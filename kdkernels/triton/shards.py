@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from kdkernels.triton.careful import careful_sums, careful_tops
+from kdkernels.triton.forms import ELEMENT
 from kdkernels.triton.rows import INFINITY, NOTHING, anchor, fill_row, larger2, read_one
 from kdkernels.triton.sweeps import first_place, gradient_sweep, stats_sweep
 
@@ -120,7 +121,7 @@ def sums_kernel(
         norm_s = (tl.load(merged + r * 4), tl.load(merged + r * 4 + 1))
         norm_t = (tl.load(merged + r * 4 + 2), tl.load(merged + r * 4 + 3))
         term, grad, _fine = stats_sweep(student_, teacher_, span, norm_s, norm_t, per_t, a, b,
-                                    TERM, GRAD, True, FORM_S, FORM_T, LAYOUT, ROWS, VEC)  # fmt: skip
+                                    TERM, GRAD, True, ELEMENT, FORM_S, FORM_T, LAYOUT, ROWS, VEC)  # fmt: skip
     tl.store(sums + r * 2, term)
     tl.store(sums + r * 2 + 1, grad)
 
@@ -160,6 +161,6 @@ def gradient_kernel(
         numbers = (norm_s, norm_t, per_t, a, b, k, (0.0 if COLD else ce) - total * k)
         begin, _ = anchor(dlogits, r, dlogits_stride, LAYOUT)
         gradient_sweep(begin, student_, teacher_, span, numbers, ce, place, frozen,
-                       GRAD, NOTHING, True, COLD, FORM_S, FORM_T, LAYOUT, ROWS, VEC)  # fmt: skip
+                       GRAD, ELEMENT, NOTHING, True, COLD, FORM_S, FORM_T, LAYOUT, ROWS, VEC)  # fmt: skip
     else:
         fill_row(row, 0, vocab, 0.0, ROWS)

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from kdkernels.triton.element import exp as clamped_exp
+from kdkernels.triton.forms import ELEMENT, FURTHEST, POWERS
 from kdkernels.triton.rows import (
     CAPPED,
     DOUBTFUL,
@@ -161,34 +162,37 @@ def add_kahan(total, lost, x):
 @triton.jit
 def add_stats(
     sums, student, teacher, o, at, span, norm_s, norm_t, per_t, a, b,
-    TERM: tl.constexpr, GRAD: tl.constexpr, CAREFUL: tl.constexpr, FORM_S: tl.constexpr, FORM_T: tl.constexpr,
-    LAYOUT: tl.constexpr, WHOLE_TILE: tl.constexpr,
+    TERM: tl.constexpr, GRAD: tl.constexpr, CAREFUL: tl.constexpr, KIND: tl.constexpr,
+    FORM_S: tl.constexpr, FORM_T: tl.constexpr, LAYOUT: tl.constexpr, WHOLE_TILE: tl.constexpr,
 ):  # fmt: skip
     zs = read(student, o + at, span, FILL, FORM_S, LAYOUT, WHOLE_TILE, False)
     zt = read(teacher, o + at, span, FILL, FORM_T, LAYOUT, WHOLE_TILE, False)
     lq, lp = log_prob(zs, norm_s, per_t, CAREFUL), log_prob(zt, norm_t, per_t, CAREFUL)
-    term, grad, product = TERM(lp, lq, a, b), GRAD(lp, lq, a, b), lp * lq
+    term, grad = TERM(lp, lq, a, b), GRAD(lp, lq, a, b)
+    doubt = (lq - lp) * (lq - lp) if KIND == POWERS else lp * lq
     if not WHOLE_TILE:
         inside = within(o + at, span[0], span[1], LAYOUT)
         term, grad = tl.where(inside, term, 0.0), tl.where(inside, grad, 0.0)
-        product = tl.where(inside, product, 0.0)
+        doubt = tl.where(inside, doubt, 0.0)
     if CAREFUL:  # one masked entry may cost 1e4 nats beside thousands of 1e-7
         term, lost_term = add_kahan(sums[0], sums[2], tl.sum(term, 1))
         grad, lost_grad = add_kahan(sums[1], sums[3], tl.sum(grad, 1))
         return term, grad, lost_term, lost_grad
     else:
-        return sums[0] + tl.sum(term, 1), sums[1] + tl.sum(grad, 1), sums[2] + tl.sum(product, 1), sums[3]
+        most = tl.maximum(sums[2], tl.max(doubt, 1)) if KIND == POWERS else sums[2] + tl.sum(doubt, 1)
+        return sums[0] + tl.sum(term, 1), sums[1] + tl.sum(grad, 1), most, sums[3]
 
 
 @triton.jit
 def stats_sweep(
     student, teacher, span, norm_s, norm_t, per_t, a, b,
-    TERM: tl.constexpr, GRAD: tl.constexpr, CAREFUL: tl.constexpr, FORM_S: tl.constexpr, FORM_T: tl.constexpr,
-    LAYOUT: tl.constexpr, ROWS: tl.constexpr, VEC: tl.constexpr,
+    TERM: tl.constexpr, GRAD: tl.constexpr, CAREFUL: tl.constexpr, KIND: tl.constexpr,
+    FORM_S: tl.constexpr, FORM_T: tl.constexpr, LAYOUT: tl.constexpr, ROWS: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """Sums of term and grad, and whether they can be trusted, which not CAREFUL asks: a hopeless logit makes the sum of
-    lp lq large, unless the other side has all its mass there, and then counts as it should. From the row's end: what
-    the sweep before read last is still in the cache."""
+    lp lq large, unless the other side has all its mass there, and then counts as it should. KIND: of TERM and
+    GRAD; for powers the largest log-ratio decides. From the row's end: what the sweep before read last is still in the
+    cache."""
     o = tile(ROWS, VEC, LAYOUT)
     size: tl.constexpr = ROWS * VEC
     zero = tl.zeros([ROWS], tl.float32)
@@ -197,18 +201,22 @@ def stats_sweep(
     if CAREFUL or (LAYOUT == SHIFTED):
         for at in range(full, span[1], size):
             sums = add_stats(sums, student, teacher, o, at, span, norm_s, norm_t, per_t, a, b,
-                             TERM, GRAD, CAREFUL, FORM_S, FORM_T, LAYOUT, False)  # fmt: skip
+                             TERM, GRAD, CAREFUL, KIND, FORM_S, FORM_T, LAYOUT, False)  # fmt: skip
     if not CAREFUL:
         for back in range(0, full - head, size):
             sums = add_stats(sums, student, teacher, o, full - size - back, span, norm_s, norm_t, per_t, a, b,
-                             TERM, GRAD, False, FORM_S, FORM_T, LAYOUT, True)  # fmt: skip
+                             TERM, GRAD, False, KIND, FORM_S, FORM_T, LAYOUT, True)  # fmt: skip
         if head > 0:
             start = (span[0], tl.minimum(head, span[1]))
             sums = add_stats(sums, student, teacher, o, 0, start, norm_s, norm_t, per_t, a, b,
-                             TERM, GRAD, False, FORM_S, FORM_T, LAYOUT, False)  # fmt: skip
+                             TERM, GRAD, False, KIND, FORM_S, FORM_T, LAYOUT, False)  # fmt: skip
     if CAREFUL:
         term, grad = tl.reduce((sums[0], sums[1]), 0, add2)
         return term, grad, True
+    elif KIND == POWERS:
+        term, grad = tl.reduce((sums[0], sums[1]), 0, add2)
+        furthest = FURTHEST / tl.maximum(a, b)
+        return term, grad, (tl.max(sums[2], 0) < furthest * furthest) & (tl.abs(term) + tl.abs(grad) < DOUBTFUL)
     else:
         term, grad, product = tl.reduce((sums[0], sums[1], sums[2]), 0, add3)
         return term, grad, (tl.abs(term) + tl.abs(grad) + product) < DOUBTFUL
@@ -245,24 +253,27 @@ def online_gradient(zs, zt, numbers, CARRY: tl.constexpr):
 
 
 @triton.jit
-def separable_gradient(zs, zt, numbers, GRAD: tl.constexpr, CAREFUL: tl.constexpr):
+def separable_gradient(zs, zt, numbers, GRAD: tl.constexpr, KIND: tl.constexpr, CAREFUL: tl.constexpr):
     """``grad k + q w``: numbers is (both normalisers, 1 / T, a, b, k, w)."""
     norm_s, norm_t, per_t, a, b, k, w = numbers
     lq, lp = log_prob(zs, norm_s, per_t, CAREFUL), log_prob(zt, norm_t, per_t, CAREFUL)
     q = clamped_exp(lq) if CAREFUL else tl.exp2(lq * LOG2_E)
-    return tl.fma(q, w, GRAD(lp, lq, a, b) * k)
+    if KIND == ELEMENT:
+        return tl.fma(q, w, GRAD(lp, lq, a, b) * k)
+    else:
+        return tl.fma(q, w, GRAD(lp, lq, a, b, k))
 
 
 @triton.jit
 def gradient_tile(
     to, student, teacher, o, at, span, numbers, ce, label, cold,
-    GRAD: tl.constexpr, CARRY: tl.constexpr, CAREFUL: tl.constexpr, COLD: tl.constexpr,
+    GRAD: tl.constexpr, KIND: tl.constexpr, CARRY: tl.constexpr, CAREFUL: tl.constexpr, COLD: tl.constexpr,
     FORM_S: tl.constexpr, FORM_T: tl.constexpr, LAYOUT: tl.constexpr, WHOLE_TILE: tl.constexpr,
 ):  # fmt: skip
     zs = read(student, o + at, span, FILL, FORM_S, LAYOUT, WHOLE_TILE, True)
     zt = read(teacher, o + at, span, FILL, FORM_T, LAYOUT, WHOLE_TILE, True)
     if CARRY == NOTHING:
-        g = separable_gradient(zs, zt, numbers, GRAD, CAREFUL)
+        g = separable_gradient(zs, zt, numbers, GRAD, KIND, CAREFUL)
     else:
         g = online_gradient(zs, zt, numbers, CARRY)
     put(to, g, zs, o + at, span, at, student, ce, label, cold, COLD, FORM_S, LAYOUT, WHOLE_TILE)
@@ -271,7 +282,7 @@ def gradient_tile(
 @triton.jit
 def gradient_sweep(
     to, student, teacher, span, numbers, ce, label, cold,
-    GRAD: tl.constexpr, CARRY: tl.constexpr, CAREFUL: tl.constexpr, COLD: tl.constexpr,
+    GRAD: tl.constexpr, KIND: tl.constexpr, CARRY: tl.constexpr, CAREFUL: tl.constexpr, COLD: tl.constexpr,
     FORM_S: tl.constexpr, FORM_T: tl.constexpr, LAYOUT: tl.constexpr, ROWS: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """Writes the gradient: ``to`` may be the student's address. ``numbers``: see the two gradients; ``ce`` the weight
@@ -283,18 +294,18 @@ def gradient_sweep(
     if CARRY == NOTHING:  # the sweep before ended at the row's begin
         if head > 0:
             gradient_tile(to, student, teacher, o, 0, (span[0], tl.minimum(head, span[1])), numbers, ce, label, cold,
-                          GRAD, CARRY, CAREFUL, COLD, FORM_S, FORM_T, LAYOUT, False)  # fmt: skip
+                          GRAD, KIND, CARRY, CAREFUL, COLD, FORM_S, FORM_T, LAYOUT, False)  # fmt: skip
         for at in range(head, full, size):
             gradient_tile(to, student, teacher, o, at, span, numbers, ce, label, cold,
-                          GRAD, CARRY, CAREFUL, COLD, FORM_S, FORM_T, LAYOUT, True)  # fmt: skip
+                          GRAD, KIND, CARRY, CAREFUL, COLD, FORM_S, FORM_T, LAYOUT, True)  # fmt: skip
     if CAREFUL or (LAYOUT == SHIFTED):
         for at in range(full, span[1], size):
             gradient_tile(to, student, teacher, o, at, span, numbers, ce, label, cold,
-                          GRAD, CARRY, CAREFUL, COLD, FORM_S, FORM_T, LAYOUT, False)  # fmt: skip
+                          GRAD, KIND, CARRY, CAREFUL, COLD, FORM_S, FORM_T, LAYOUT, False)  # fmt: skip
     if CARRY != NOTHING:  # ended at the row's end
         for back in range(0, full - head, size):
             gradient_tile(to, student, teacher, o, full - size - back, span, numbers, ce, label, cold,
-                          GRAD, CARRY, CAREFUL, COLD, FORM_S, FORM_T, LAYOUT, True)  # fmt: skip
+                          GRAD, KIND, CARRY, CAREFUL, COLD, FORM_S, FORM_T, LAYOUT, True)  # fmt: skip
         if head > 0:
             gradient_tile(to, student, teacher, o, 0, (span[0], tl.minimum(head, span[1])), numbers, ce, label, cold,
-                          GRAD, CARRY, CAREFUL, COLD, FORM_S, FORM_T, LAYOUT, False)  # fmt: skip
+                          GRAD, KIND, CARRY, CAREFUL, COLD, FORM_S, FORM_T, LAYOUT, False)  # fmt: skip
