@@ -62,6 +62,7 @@ quick: $(VENV)/.installed
 
 soak: $(VENV)/.installed
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m build_tools.sanitize thread
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m build_tools.sanitize --codec 10000
 	$(PYTEST) -m "soak"
 	HYPOTHESIS_PROFILE=soak $(PYTEST) python_tests/test_properties.py
 

@@ -1,6 +1,7 @@
-"""The CPU kernels and their C++ driver under sanitizers, without torch: `python -m build_tools.sanitize [LIST]`.
+"""C++ drivers under sanitizers, without torch: `python -m build_tools.sanitize [LIST]`, `... --codec BLOCKS`.
 
-LIST is what -fsanitize= takes (default address,undefined). Every instruction set that this machine can run is tested.
+LIST is what -fsanitize= takes (default address,undefined). The CPU kernels' driver runs with every instruction set that
+this machine can run, the codec's on damaged blocks; the second form is the codec's campaign alone.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from build_tools.options import read as read_options
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT = "address,undefined"
 UNTESTED = 77
+CODEC_BLOCKS = 500  # damaged 20 ways each
 EVERY = {"thread": "7"}  # thread sanitizing looks at sharing, not at tails: a seventh of the cases will do
 
 
@@ -35,18 +37,39 @@ def build(sanitize: str, jobs: int) -> Path:
     return program
 
 
+def codec(blocks: int, jobs: int) -> int:
+    """Damaged blocks under address and undefined-behaviour sanitizers; how many ways of decoding failed."""
+    folder = ROOT / "build" / "sanitize-codec"
+    tools = plan.Toolchain(ROOT, folder, tuple(locate.find_compiler()), DEFAULT)
+    steps = [tools.compile(ROOT / "csrc/tests/codec_fuzz.cpp", "test_", []), *plan.codec(tools, "")]
+    program = folder / "codec_fuzz"
+    execute([*steps, tools.link(program, steps, [])], folder, jobs)
+    failed = 0
+    for isa in ("", "baseline"):  # rows together where this machine can, and one by one
+        start = time.monotonic()
+        environment = {**os.environ, "KDKERNELS_ISA": isa, "UBSAN_OPTIONS": "print_stacktrace=1"}
+        code = subprocess.run([str(program), str(blocks)], env=environment, check=False).returncode
+        verdict = f"FAILED ({code})" if code else "passed"
+        print(f"sanitize: codec, {isa or 'best'} {verdict} in {time.monotonic() - start:.0f} s", flush=True)
+        failed += code != 0
+    return failed
+
+
 def main(arguments: list[str]) -> int:
-    """Builds and runs; the exit status is the number of instruction sets that failed."""
-    sanitize = arguments[0] if arguments else DEFAULT
+    """Builds and runs; the exit status is the number of drivers and instruction sets that failed."""
+    campaign = int(arguments[1]) if arguments[:1] == ["--codec"] else 0
+    sanitize = arguments[0] if arguments and not campaign else DEFAULT
     options: Options = read_options()
     start = time.monotonic()
     try:
+        failed = codec(campaign or CODEC_BLOCKS, options.jobs) if sanitize == DEFAULT else 0
+        if campaign:
+            return failed
         program = build(sanitize, options.jobs)
     except BuildError as error:
         print(f"sanitize: {error}", file=sys.stderr)
         return 1
     print(f"sanitize: built with {sanitize} in {time.monotonic() - start:.0f} s", flush=True)
-    failed = 0
     for isa in plan.instruction_sets(ROOT):
         environment = {**os.environ, "KDKERNELS_ISA": isa, "UBSAN_OPTIONS": "print_stacktrace=1"}
         start = time.monotonic()

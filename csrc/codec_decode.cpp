@@ -8,6 +8,7 @@
 #include "codec_bits.h"
 #include "codec_format.h"
 #include "codec_ids.h"
+#include "codec_lanes.h"
 #include "codec_values.h"
 
 namespace kd {
@@ -159,35 +160,77 @@ class RowDecoder {
   explicit RowDecoder(const Block& block) : block_(block) {}
 
   void row(uint64_t row, int32_t* ids, float* log_probs) {
+    const Place place = find(row);
+    const uint8_t* bytes = readable(place);
+    const uint64_t origin = bytes == block_.payload ? 0 : place.start & ~uint64_t{7};
+    IdReader reader{bytes, place.start - origin, place.ids_end - origin};
+    reader.ids(ids, place.count, 0, block_.vocab - 1);
+    finish(place, reader.position + origin, bytes, origin, ids, log_probs);
+  }
+
+  // kLanes rows, `stride` apart, if they can be decoded together; false if not, and nothing is written.
+  bool rows(uint64_t row, int64_t stride, int32_t* ids, float* log_probs) {
+    Place places[kLanes];
+    Lanes lanes{};
+    lanes.bytes = block_.payload;
+    for (unsigned i = 0; i < kLanes; ++i) {
+      places[i] = find(row + static_cast<uint64_t>(i * stride));
+      if (places[i].count != places[0].count || !followed(places[i])) return false;
+      lanes.position[i] = places[i].start, lanes.stop[i] = places[i].ids_end;
+      lanes.out[i] = ids + uint64_t{i} * block_.width;
+    }
+    if (places[0].count == 0 || places[0].count > kMostIdsInLanes) return false;
+    plan_.prepare(places[0].count);
+    decode_lanes(plan_, block_.vocab, lanes);
+    for (unsigned i = 0; i < kLanes; ++i) {
+      float* out = log_probs + uint64_t{i} * block_.width;
+      finish(places[i], lanes.position[i], block_.payload, 0, lanes.out[i], out);
+    }
+    return true;
+  }
+
+ private:
+  struct Place {
+    uint64_t row, start, ids_end, stop;  // bits of the payload
+    uint32_t count;
+    Values values;
+  };
+
+  Place find(uint64_t row) const {
     const RowPlace place = find_row(block_, row);
     const Values values = row_values(block_, row);
     const uint64_t value_bits = uint64_t{place.count} * values.bits;
     if (value_bits > place.stop - place.start)
       damaged("row " + std::to_string(row) + " is too short for its entries");
-    const uint64_t ids_end = place.stop - value_bits;
-    const uint8_t* bytes = readable(place);
-    const uint64_t origin = bytes == block_.payload ? 0 : place.start & ~uint64_t{7};
-    IdReader reader{bytes, place.start - origin, ids_end - origin};
-    reader.ids(ids, place.count, 0, block_.vocab - 1);
-    if (reader.position != reader.end) damaged("the ids of row " + std::to_string(row) + " are damaged");
-    if (!get_values(bytes, ids_end - origin, values, place.count, log_probs)) {
-      damaged("the log-probabilities of row " + std::to_string(row) + " are damaged");
+    return {row, place.start, place.stop - value_bits, place.stop, place.count, values};
+  }
+
+  // Log-probabilities and padding of a row whose ids are there; `position` is where reading them has ended.
+  void finish(const Place& place, uint64_t position, const uint8_t* bytes, uint64_t origin, int32_t* ids,
+              float* log_probs) const {
+    if (position != place.ids_end) damaged("the ids of row " + std::to_string(place.row) + " are damaged");
+    if (!get_values(bytes, place.ids_end - origin, place.values, place.count, log_probs)) {
+      damaged("the log-probabilities of row " + std::to_string(place.row) + " are damaged");
     }
     std::fill(ids + place.count, ids + block_.width, -1);
     std::fill(log_probs + place.count, log_probs + block_.width, -kInf);
   }
 
- private:
-  // The payload, or a copy of the row's bytes where fewer than 8 bytes of the block follow them.
-  const uint8_t* readable(const RowPlace& place) {
-    const uint64_t first = place.start >> 3, last = (place.stop + 7) >> 3;
-    if (static_cast<uint64_t>(block_.end - block_.payload) >= last + 8) return block_.payload;
-    copy_.assign(block_.payload + first, block_.payload + last);
+  // Whether 8 bytes of the block follow the row's.
+  bool followed(const Place& place) const {
+    return static_cast<uint64_t>(block_.end - block_.payload) >= ((place.stop + 7) >> 3) + 8;
+  }
+
+  // The payload, or a copy of the row's bytes where too few follow them.
+  const uint8_t* readable(const Place& place) {
+    if (followed(place)) return block_.payload;
+    copy_.assign(block_.payload + (place.start >> 3), block_.payload + ((place.stop + 7) >> 3));
     copy_.resize(copy_.size() + 9);
     return copy_.data();
   }
 
   const Block& block_;
+  LanePlan plan_;
   std::vector<uint8_t> copy_;
 };
 
@@ -216,9 +259,21 @@ Block open(const uint8_t* data, size_t size, bool verify) {
 void decode(const Block& block, uint64_t start, int64_t step, uint64_t count, const Output& output) {
   RowDecoder decoder(block);
   const uint64_t rows = block.rows;
+  const auto row_of = [&](uint64_t i) {
+    return start + static_cast<uint64_t>(static_cast<int64_t>(i) * step);
+  };
+  const bool together = lanes_usable();
+  for (uint64_t i = 0; i < count;) {
+    int32_t* ids = output.ids + i * block.width;
+    float* log_probs = output.log_probs + i * block.width;
+    if (together && i + kLanes <= count && decoder.rows(row_of(i), step, ids, log_probs)) {
+      i += kLanes;
+    } else {
+      decoder.row(row_of(i++), ids, log_probs);
+    }
+  }
   for (uint64_t i = 0; i < count; ++i) {
-    const uint64_t row = start + static_cast<uint64_t>(static_cast<int64_t>(i) * step);
-    decoder.row(row, output.ids + i * block.width, output.log_probs + i * block.width);
+    const uint64_t row = row_of(i);
     output.log_tail[i] = load<float>(block.log_tail + 4 * row);
     if (!(output.log_tail[i] < kInf)) damaged("the tail of row " + std::to_string(row) + " is damaged");
     for (size_t c = 0; c < output.columns.size(); ++c) {
