@@ -20,11 +20,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kdkernels.ddk.perplexity import measure_perplexity as measure_perplexity
     from kdkernels.ddk.sampler import DomainSampler as DomainSampler
+    from kdkernels.ddk.schedule import DomainSchedule as DomainSchedule
     from kdkernels.ddk.weights import DomainWeights as DomainWeights
 
-_HOMES = {"DomainSampler": "sampler", "DomainWeights": "weights", "measure_perplexity": "perplexity"}
+_HOMES = {
+    "DomainSampler": "sampler",
+    "DomainSchedule": "schedule",
+    "DomainWeights": "weights",
+    "measure_perplexity": "perplexity",
+}
 
-__all__ = ["DomainSampler", "DomainWeights", "measure_perplexity"]
+__all__ = ["DomainSampler", "DomainSchedule", "DomainWeights", "measure_perplexity"]
 
 
 def __getattr__(name: str) -> Any:

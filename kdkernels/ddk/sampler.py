@@ -71,7 +71,7 @@ class DomainSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         """The rest of this interval, or, if nothing is left of it, the next one."""
-        if self._position >= len(self):
+        if self.finished:
             self._finish()
         draws = self._plan()[self.rank :: self.world_size]
         while self._position < len(draws):
@@ -98,7 +98,7 @@ class DomainSampler(Sampler[int]):
     @property
     def weights(self) -> dict[str, float]:
         """Shares of the current interval; between intervals, of the next one."""
-        shares = self._pending if self._pending is not None and self._between() else self._shares
+        shares = self._pending if self._pending is not None and self.finished else self._shares
         return dict(zip(self.domains, shares, strict=True))
 
     def set_weights(self, weights: Mapping[str, float]) -> None:
@@ -126,7 +126,9 @@ class DomainSampler(Sampler[int]):
 
     # --- an interval ---
 
-    def _between(self) -> bool:
+    @property
+    def finished(self) -> bool:
+        """Whether every draw of the current interval has been yielded: the next pass is the next interval."""
         return self._position >= len(self)
 
     def counts(self) -> dict[str, int]:

@@ -18,6 +18,7 @@ import kdkernels as kd
 from kdkernels._checks import fail
 from kdkernels.errors import UserError
 from kdkernels.sparse_logits import SparseLogits
+from kdkernels.trainers.domains import DomainCallback, domain_arguments, load_domains
 from kdkernels.trainers.heads import check_head, logits_of, vocabulary
 from kdkernels.trainers.lora import causal_lm
 from kdkernels.trainers.models import common_vocabulary
@@ -37,6 +38,9 @@ class DistillationMixin:
             None where the dataset has a column ``teacher_hidden [L, Ht]`` of hidden states computed elsewhere, with
             ``teacher_head`` to turn them into logits.
         teacher_head: `torch.nn.Linear` for ``teacher_hidden``.
+        domains: a `kdkernels.ddk.DomainSchedule`, instead of train_dataset: each epoch is an interval, after which the
+            student is measured and the weights of the domains are set anew. They are logged as ``ddk_weight_<domain>``
+            and ``ddk_discrepancy_<domain>``, drawn to ``ddk.png`` in the output folder, and kept in checkpoints.
         divergence, temperature, temperature_scaling, ce_weight, kd_weight, sparse_mode, chunk_bytes, vocab_size,
             backend: as in `kdkernels.distillation_loss`. The labels' shift is the Trainer's: position i is judged by
             label i + 1, and tokens labelled -100 count for nothing.
@@ -57,6 +61,7 @@ class DistillationMixin:
         *args: Any,
         teacher: Any = None,
         teacher_head: torch.nn.Linear | None = None,
+        domains: Any = None,
         divergence: str | kd.Divergence = "forward_kl",
         temperature: float = 1.0,
         temperature_scaling: str = "none",
@@ -68,7 +73,12 @@ class DistillationMixin:
         backend: str = "auto",
         **kwargs: Any,
     ) -> None:
+        if domains is not None:
+            kwargs = domain_arguments(domains, args, kwargs)
         super().__init__(*args, **kwargs)
+        self.domains = domains
+        if domains is not None:
+            self.add_callback(DomainCallback(self))  # type: ignore[attr-defined]
         self.divergence = divergence
         self.loss_options: dict[str, Any] = {
             "temperature": temperature, "temperature_scaling": temperature_scaling, "ce_weight": ce_weight,
@@ -144,6 +154,15 @@ class DistillationMixin:
         super()._set_signature_columns_if_needed()  # type: ignore[misc]
         trainer: Any = self
         trainer._signature_columns = list(dict.fromkeys([*trainer._signature_columns, *OWN_COLUMNS]))
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        inherited = super()._get_train_sampler  # type: ignore[misc]
+        return inherited(*args, **kwargs) if self.domains is None else self.domains.sampler
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        if self.domains is not None:
+            load_domains(self.domains, resume_from_checkpoint)
 
     # --- the loss ---
 
