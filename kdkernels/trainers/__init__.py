@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kdkernels.trainers.cache_build import build_cache as build_cache
+    from kdkernels.trainers.cache_config import CacheConfig as CacheConfig
     from kdkernels.trainers.config import DistillConfig as DistillConfig
     from kdkernels.trainers.hf import DistillationMixin as DistillationMixin
     from kdkernels.trainers.loop import DistillResult as DistillResult
@@ -17,9 +19,11 @@ if TYPE_CHECKING:
     from kdkernels.trainers.trl import TRLDistillationMixin as TRLDistillationMixin
 
 _HOMES = {
+    "CacheConfig": "cache_config",
     "DistillationMixin": "hf",
     "DistillationTrainer": "trainer",
     "TRLDistillationMixin": "trl",
+    "build_cache": "cache_build",
     "DistillConfig": "config",
     "DistillResult": "loop",
     "distill": "loop",
@@ -27,12 +31,14 @@ _HOMES = {
 }
 
 __all__ = [
+    "CacheConfig",
     "DistillConfig",
     "DistillResult",
     "DistillationMixin",
     "DistillationTrainer",
     "Interrupted",
     "TRLDistillationMixin",
+    "build_cache",
     "distill",
 ]
 

@@ -23,6 +23,7 @@ GROUPS = {
 SCHEDULES = ("cosine", "linear", "constant")
 MIXES = ("proportional", "equal")
 SCALINGS = ("none", "t2")
+SPARSE_MODES = ("ghost", "renormalize", "truncate")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -49,6 +50,7 @@ class DistillConfig:
         "included, `layers:0,4,9` from those layers",
     )
     tokenizer: str = _option("", "tokenizer: a folder or a name (default: the student's, else the teacher's)")
+    cache: str = _option("", "train from this teacher cache (see `kdkernels cache`); no teacher is loaded then")
     output: str = _option("runs/distill", "folder of the run: student, metrics, checkpoints", free=True)
 
     data: str = _option("", "folder with one domain per subfolder (.txt .md .rst .py .jsonl), or one domain's folder")
@@ -68,6 +70,7 @@ class DistillConfig:
     temperature_scaling: str = _option("none", "t2 multiplies the divergence by temperature**2", choices=SCALINGS)
     kd_weight: float = _option(1.0, "weight of the divergence; 0 trains on the text alone, without the teacher")
     ce_weight: float = _option(0.0, "weight of the cross-entropy on the text")
+    sparse_mode: str = _option("ghost", "how a cache's kept entries are compared", choices=SPARSE_MODES)
     vocab_size: int = _option(0, "real vocabulary where heads are padded (0: the smaller head, checked)")
     chunk_mib: float = _option(0.0, "memory for one chunk of logits, MiB (0: the library's choice)", free=True)
     backend: str = _option("auto", "backend of the loss")
@@ -99,7 +102,8 @@ class DistillConfig:
 
     def validate(self) -> DistillConfig:
         """Raise `UserError` for the first value that cannot work; returns self."""
-        for name in ("teacher", "student"):
+        needed = ["student"] if self.cache and not self.cuts_teacher else ["teacher", "student"]
+        for name in needed:
             _require(bool(getattr(self, name)), name, "''", "a folder, a file or a name", f"give --{name}")
         _require(bool(self.data or self.domain), "data", "''", "a folder", "give --data DIR or --domain NAME=PATH")
         for item in dataclasses.fields(self):
@@ -123,6 +127,11 @@ class DistillConfig:
         _require(self.warmup < self.steps, "warmup", str(self.warmup), f"below steps ({self.steps})", "lower it")
         _require(self.kd_weight + self.ce_weight > 0, "kd_weight", "0", "above 0 where ce_weight is 0", "raise one")
         return self
+
+    @property
+    def cuts_teacher(self) -> bool:
+        """Whether the student is made from the teacher's layers."""
+        return self.student.startswith(("every:", "layers:"))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as written to `config.json`."""

@@ -10,6 +10,7 @@ import torch
 
 import kdkernels as kd
 from kdkernels.data import Blocks, counted
+from kdkernels.trainers.cached import CachedTeacher
 from kdkernels.trainers.heads import Head, hidden_states
 
 
@@ -19,17 +20,19 @@ class Score:
 
     kl: forward KL(teacher‖student) in nats. ppl, teacher_ppl: exp of the mean negative log-likelihood.
     top1: share of tokens where both models' first choice is the same. Entropies in nats.
+    From a cache kl is that of the kept entries and their tail, a lower bound; teacher_ppl is None, and so is everything
+    of the teacher where the cache lacks temperature 1.
     """
 
-    kl: float
+    kl: float | None
     ppl: float
-    teacher_ppl: float
-    top1: float
+    teacher_ppl: float | None
+    top1: float | None
     entropy: float
-    teacher_entropy: float
+    teacher_entropy: float | None
     tokens: int
 
-    def to_dict(self) -> dict[str, float]:
+    def to_dict(self) -> dict[str, float | None]:
         """Plain values."""
         return asdict(self)
 
@@ -42,7 +45,7 @@ def uniform_teacher(like: torch.Tensor, vocab: int) -> kd.LinearLogits:
 
 @torch.no_grad()
 def measure(
-    teacher: tuple[Any, Head],
+    teacher: tuple[Any, Head | None] | CachedTeacher,
     student: tuple[Any, Head],
     blocks: Blocks,
     *,
@@ -61,25 +64,55 @@ def measure(
         rows = [blocks[i] for i in range(begin, min(begin + batch_size, count))]
         batch = {key: torch.stack([row[key] for row in rows]).to(device) for key in rows[0]}
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            hs, ht = (hidden_states(model, batch) for model, _ in (student, teacher))
-        zs, zt = student[1].logits(hs, dtype), teacher[1].logits(ht, dtype)
+            hs = hidden_states(student[0], batch)
+        zs = student[1].logits(hs, dtype)
+        if isinstance(teacher, CachedTeacher):
+            zt = _cached(teacher, batch["input_ids"], zs)
+            teacher_nll = torch.full((), torch.nan)
+        else:
+            model, head = teacher
+            assert head is not None
+            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                zt = head.logits(hidden_states(model, batch), dtype)
+            nothing = uniform_teacher(hs.to(dtype), head.vocab)
+            teacher_nll = _stats(zt, nothing, batch["labels"], vocab_size, backend).nll
         both = _stats(zs, zt, batch["labels"], vocab_size, backend)
-        alone = _stats(zt, uniform_teacher(hs.to(dtype), teacher[1].vocab), batch["labels"], vocab_size, backend)
         parts = (
-            both.divergence, both.nll, alone.nll, both.top1_agreement, both.student_entropy, both.teacher_entropy,
+            both.divergence, both.nll, teacher_nll, both.top1_agreement, both.student_entropy, both.teacher_entropy,
         )  # fmt: skip
         sums += torch.stack([part.double().sum().cpu() for part in parts])
         tokens += counted(batch["labels"])
-    kl, nll, teacher_nll, top1, entropy, teacher_entropy = (sums / max(tokens, 1)).tolist()
-    return Score(kl, _exp(nll), _exp(teacher_nll), top1, entropy, teacher_entropy, tokens)
+    kl, nll, teacher_mean, top1, entropy, teacher_entropy = (sums / max(tokens, 1)).tolist()
+    if isinstance(teacher, CachedTeacher):
+        known = teacher.has(1.0)
+        return Score(
+            kl if known else None, _exp(nll), None, top1 if known else None, entropy,
+            teacher_entropy if known else None, tokens,
+        )  # fmt: skip
+    return Score(kl, _exp(nll), _exp(teacher_mean), top1, entropy, teacher_entropy, tokens)
+
+
+def _cached(
+    teacher: CachedTeacher, input_ids: torch.Tensor, student: kd.LinearLogits
+) -> kd.LinearLogits | kd.SparseLogits:
+    """The cache's distributions at temperature 1; where it has none, a teacher that the student's own scores ignore."""
+    if teacher.has(1.0):
+        return teacher.of(input_ids, 1.0)
+    return uniform_teacher(student.hidden, student.weight.shape[0])
 
 
 def _stats(
-    student: kd.LinearLogits, teacher: kd.LinearLogits, labels: torch.Tensor, vocab_size: int | None, backend: str
+    student: kd.LinearLogits,
+    teacher: kd.LinearLogits | kd.SparseLogits,
+    labels: torch.Tensor,
+    vocab_size: int | None,
+    backend: str,
 ) -> kd.DistillationStats:
+    sampled = isinstance(teacher, kd.SparseLogits) and teacher.kind == "sampled"
     out = kd.distillation_loss(
-        student, teacher, labels=labels, shift=True, vocab_size=vocab_size, backend=backend, return_stats=True
-    )
+        student, teacher, labels=labels, shift=True, vocab_size=vocab_size, backend=backend, return_stats=True,
+        sparse_mode="sampled" if sampled else "ghost",
+    )  # fmt: skip
     assert isinstance(out, kd.DistillationOutput)
     return out.stats
 

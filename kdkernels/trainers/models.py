@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import io
+import json
 import logging
 import math
 import re
@@ -174,6 +176,12 @@ def common_vocabulary(teacher_rows: int, student_rows: int, tokens: int, asked: 
     if asked:
         return asked
     return None if teacher_rows == student_rows else smaller
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """A name for what every token's id means: 16 hexadecimal digits over the vocabulary."""
+    text = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def same_tokenizer(teacher: Any, student: Any) -> None:

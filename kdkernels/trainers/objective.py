@@ -11,6 +11,7 @@ import torch
 import kdkernels as kd
 from kdkernels import divergences
 from kdkernels.errors import UserError
+from kdkernels.trainers.cached import CachedTeacher
 from kdkernels.trainers.config import DistillConfig
 from kdkernels.trainers.heads import Head, hidden_states
 from kdkernels.trainers.heldout import uniform_teacher
@@ -40,11 +41,12 @@ class Objective:
     divergence: Any
     teacher: Any
     student: Any
-    teacher_head: Head
+    teacher_head: Head | None
     student_head: Head
     vocab_size: int | None
     dtype: torch.dtype
     device: torch.device
+    cached: CachedTeacher | None = None  # in the place of teacher and teacher_head
 
     def __call__(self, batch: dict[str, torch.Tensor], items: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(loss, sums [4] of divergence, nll, top-1 agreement, student entropy over the tokens that count).
@@ -55,9 +57,10 @@ class Objective:
         config = self.config
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             hidden = hidden_states(self.student, batch)
+        teacher = self._teacher_logits(batch, hidden)
         out = kd.distillation_loss(
             self.student_head.logits(hidden, self.dtype),
-            self._teacher_logits(batch, hidden),
+            teacher,
             self.divergence,
             temperature=config.temperature,
             temperature_scaling=config.temperature_scaling,
@@ -67,6 +70,7 @@ class Objective:
             shift=True,
             num_items=items,
             vocab_size=self.vocab_size,
+            sparse_mode="ghost" if not isinstance(teacher, kd.SparseLogits) else self._mode(),
             backend=config.backend,
             chunk_bytes=max(1, round(config.chunk_mib * 2**20)) if config.chunk_mib else None,
             return_stats=True,
@@ -76,8 +80,17 @@ class Objective:
         parts = (stats.divergence, stats.nll, stats.top1_agreement, stats.student_entropy)
         return out.loss, torch.stack([part.detach().double().sum() for part in parts])
 
-    def _teacher_logits(self, batch: dict[str, torch.Tensor], hidden: torch.Tensor) -> kd.LinearLogits:
+    def _mode(self) -> str:
+        assert self.cached is not None
+        return self.cached.mode(self.config.sparse_mode)
+
+    def _teacher_logits(
+        self, batch: dict[str, torch.Tensor], hidden: torch.Tensor
+    ) -> kd.LinearLogits | kd.SparseLogits:
         if self.config.kd_weight == 0:  # the teacher would be ignored: spare its forward pass
             return uniform_teacher(hidden.detach().to(self.dtype), self.student_head.vocab)
+        if self.cached is not None:
+            return self.cached.of(batch["input_ids"], self.config.temperature)
+        assert self.teacher_head is not None
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             return self.teacher_head.logits(hidden_states(self.teacher, batch), self.dtype)

@@ -22,7 +22,7 @@ from kdkernels.trainers.optim import build_optimizer, learning_rate
 from kdkernels.trainers.setup import Setup, save_student, saved_dtype
 from kdkernels.trainers.signals import Interrupted, StopSignals
 
-Scores = dict[str, dict[str, float]]
+Scores = dict[str, dict[str, float | None]]
 
 
 class Run:
@@ -96,7 +96,7 @@ class Run:
         config = self.config
         if self.step == 0 and self.evaluated < 0:
             self.log.write("start", config=config.to_dict(), versions=versions(), fingerprint=self.corpus.fingerprint)
-        with _bar(config.steps, self.step, progress) as bar:
+        with progress_bar(config.steps, self.step, progress) as bar:
             while self.step < config.steps:
                 if self._evaluation_due() and self._evaluate() is None:
                     self._leave()
@@ -180,7 +180,7 @@ class Run:
                 self.student.train(training)
                 return None
             scores[name] = measure(
-                (objective.teacher, objective.teacher_head),
+                objective.cached or (objective.teacher, objective.teacher_head),
                 (self.student, objective.student_head),
                 blocks,
                 limit=self.config.eval_blocks,
@@ -208,15 +208,20 @@ class Run:
             signum,
         )
 
+    def _recorded_teacher(self) -> str:
+        cached = self.objective.cached
+        return "" if cached is None else cached.cache.settings.teacher
+
     def _finish(self, after: Scores) -> dict[str, Any]:
         """Save the student and the summary; the checkpoints, needed no more, go."""
         where = save_student(self.student, self.tokenizer, self.output)
         config = self.config
         summary = {
-            "teacher": config.teacher,
+            "teacher": config.teacher or self._recorded_teacher(),
+            **({"cache": config.cache} if config.cache else {}),
             "student": str(where),
-            "student_params": sum(p.numel() for p in self.student.parameters()),
-            "teacher_params": sum(p.numel() for p in self.objective.teacher.parameters()),
+            "student_params": _parameters(self.student),
+            "teacher_params": _parameters(self.objective.teacher),
             "divergence": str(self.objective.divergence),
             "steps": self.step,
             "tokens": self.tokens,
@@ -232,6 +237,10 @@ class Run:
         for step in checkpoint.steps_in(self.checkpoints):
             checkpoint.path_of(self.checkpoints, step).unlink()
         return summary
+
+
+def _parameters(model: Any) -> int | None:
+    return None if model is None else sum(p.numel() for p in model.parameters())
 
 
 class _Window:
@@ -263,11 +272,11 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _bar(total: int, done: int, progress: bool) -> Any:
+def progress_bar(total: int, done: int, progress: bool, unit: str = "step") -> Any:
     """A tqdm bar on stderr; in a log file it writes a line only now and then."""
     from kdkernels.trainers.models import need
 
     interval = 0.5 if sys.stderr.isatty() else 20.0
     return need("tqdm", "the progress bar").tqdm(
-        total=total, initial=done, unit="step", disable=not progress, mininterval=interval, dynamic_ncols=True
+        total=total, initial=done, unit=unit, disable=not progress, mininterval=interval, dynamic_ncols=True
     )

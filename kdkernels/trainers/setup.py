@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
+import kdkernels as kd
 from kdkernels.data import Corpus, load_corpus
 from kdkernels.durable import sync_folder
 from kdkernels.errors import UserError
 from kdkernels.trainers import checkpoint
+from kdkernels.trainers.cached import CachedTeacher, check_loss
 from kdkernels.trainers.config import DistillConfig
-from kdkernels.trainers.heads import check_head, head_of
+from kdkernels.trainers.heads import Head, check_head, head_of
 from kdkernels.trainers.models import (
     common_vocabulary,
     layers_of,
@@ -41,10 +43,10 @@ class Setup:
 def build(config: DistillConfig, teacher: Any = None, student: Any = None, tokenizer: Any = None) -> Setup:
     """Load what is not given; the cheap checks come before the slow loads."""
     divergence = build_divergence(config.divergence, config.divergence_args)
-    device = _device(config.device)
+    device = pick_device(config.device)
     dtype = torch.bfloat16 if config.bf16 else torch.float32
-    from_teacher = student is not None or config.student.startswith(("every:", "layers:"))
-    tokenizer = tokenizer or _tokenizer(config, from_teacher)
+    cached = CachedTeacher(kd.TeacherCache.open(config.cache)) if config.cache else None
+    tokenizer = tokenizer or _tokenizer(config, student is not None or config.cuts_teacher, cached)
     corpus = load_corpus(
         config.data,
         config.domain,
@@ -54,29 +56,49 @@ def build(config: DistillConfig, teacher: Any = None, student: Any = None, token
         seed=config.seed,
         text_key=config.text_key,
     )
-    if teacher is None:
-        teacher = load_model("teacher", config.teacher, dtype)
-    if student is None:
-        keep = layers_of(config.student, getattr(teacher.config, "num_hidden_layers", 0))
-        student = (
-            load_model("student", config.student, torch.float32) if keep is None else student_from_layers(teacher, keep)
-        )
-    teacher = teacher.to(device).eval().requires_grad_(False)
+    teacher, student = _models(config, teacher, student, dtype, with_teacher=cached is None)
     student = student.to(device).train()
-    heads = {role: head_of(model, role) for role, model in (("teacher", teacher), ("student", student))}
-    vocab = common_vocabulary(heads["teacher"].vocab, heads["student"].vocab, len(tokenizer), config.vocab_size)
-    for role, model in (("teacher", teacher), ("student", student)):
-        check_head(model, heads[role], role, device)
-        limit = getattr(model.config, "max_position_embeddings", None)
-        if limit is not None and config.block_size > limit:
-            raise UserError(f"block_size is {config.block_size}; the {role} reads at most {limit} tokens; lower it")
-    objective = Objective(
-        config, divergence, teacher, student, heads["teacher"], heads["student"], vocab, dtype, device
-    )
+    teacher_head = None
+    if cached is None:
+        teacher = teacher.to(device).eval().requires_grad_(False)
+        teacher_head = _head(config, teacher, "teacher", device)
+    head = _head(config, student, "student", device)
+    if cached is not None:
+        teacher = None
+        cached.check(config, corpus, tokenizer, head.vocab)
+        check_loss(config, divergence, cached)
+    theirs = cached.vocab if cached is not None else teacher_head.vocab if teacher_head is not None else 0
+    vocab = common_vocabulary(theirs, head.vocab, len(tokenizer), config.vocab_size)
+    objective = Objective(config, divergence, teacher, student, teacher_head, head, vocab, dtype, device, cached)
     return Setup(objective, tokenizer, corpus)
 
 
-def _device(name: str) -> torch.device:
+def _models(
+    config: DistillConfig, teacher: Any, student: Any, dtype: torch.dtype, *, with_teacher: bool
+) -> tuple[Any, Any]:
+    """(teacher, student), loaded where they are not given; a teacher that is only cut is loaded for that."""
+    if teacher is None and (with_teacher or (student is None and config.cuts_teacher)):
+        teacher = load_model("teacher", config.teacher, dtype)
+    if student is None:
+        keep = layers_of(config.student, getattr(getattr(teacher, "config", None), "num_hidden_layers", 0))
+        student = (
+            load_model("student", config.student, torch.float32) if keep is None else student_from_layers(teacher, keep)
+        )
+    return teacher, student
+
+
+def _head(config: DistillConfig, model: Any, role: str, device: torch.device) -> Head:
+    """The model's head, checked, and its context long enough."""
+    head = head_of(model, role)
+    check_head(model, head, role, device)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and config.block_size > limit:
+        raise UserError(f"block_size is {config.block_size}; the {role} reads at most {limit} tokens; lower it")
+    return head
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; auto is a GPU where there is one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -89,10 +111,14 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _tokenizer(config: DistillConfig, from_teacher: bool) -> Any:
+def _tokenizer(config: DistillConfig, from_teacher: bool, cached: CachedTeacher | None) -> Any:
     """The run's tokeniser; where teacher and student bring one each, they must agree."""
     if config.tokenizer:
         return load_tokenizer("tokenizer", config.tokenizer)
+    if cached is not None:  # whose hash is compared later
+        recorded = cached.cache.settings.tokenizer or cached.cache.settings.teacher
+        where = config.teacher or recorded if from_teacher else config.student
+        return load_tokenizer("teacher" if from_teacher else "student", where)
     teacher = load_tokenizer("teacher", config.teacher)
     if from_teacher:
         return teacher
