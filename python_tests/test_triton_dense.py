@@ -81,6 +81,16 @@ def test_forms_are_taken_where_they_hold() -> None:
         assert forms.find(kernel, a, b) is None
 
 
+@pytest.mark.parametrize("dtype", LOW_AND_FULL, ids=ids)
+def test_the_head_of_a_teacher_with_many_equal_logits(dtype: torch.dtype, served: Serve) -> None:
+    """It ends among equals, which enter by lower index; three tiles, the first and the last with a mask."""
+    served()
+    student, teacher = cases.pair("ordinary", 3, 5003, dtype)
+    for mu in (0.37, 0.5, 0.999):
+        oracle.check(student, (2 * teacher).round() / 2, kd.AdaptiveKL(mu), backend="triton")
+    oracle.check(student, torch.zeros_like(teacher), kd.AdaptiveKL(0.5), backend="triton")
+
+
 MILD = ("ordinary", "flat", "flat_student", "identical", "shifted")
 """Log-ratios that no probability weighs, squared, leave float16's range elsewhere, on every backend."""
 

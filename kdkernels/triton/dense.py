@@ -199,6 +199,48 @@ def one_row(
                     TERM, GRAD, COLD, FORM_S, FORM_T, LAYOUT, ROWS, VEC)  # fmt: skip
 
 
+@triton.jit
+def row_arguments(
+    r, student, student_stride, student_bias, student_scale, student_cap, teacher, teacher_stride,
+    dlogits, dlogits_stride, dlogits_vocab, loss, stats, w_kd, w_ce, labels, vocab,
+    FORM_S: tl.constexpr, LAYOUT: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """What a kernel's arguments say of row r: (place of the first entry, where both sides begin, where results go,
+    weights, label as (place or None, index, legal, its logit)). Writes the gradient of the vocabulary's padding."""
+    begin_s, shift = anchor(student, r, student_stride, LAYOUT)
+    begin_t = None
+    if teacher is not None:
+        begin_t, _ = anchor(teacher, r, teacher_stride, LAYOUT)
+    row_d, begin_d, row_stats = None, None, None
+    if dlogits is not None:
+        row_d = dlogits + r * dlogits_stride
+        begin_d, _ = anchor(dlogits, r, dlogits_stride, LAYOUT)
+        fill_row(row_d, vocab, dlogits_vocab, 0.0, ROWS)
+    if stats is not None:
+        row_stats = stats + r * 6
+    kd, ce = tl.load(w_kd + r), 0.0
+    if w_ce is not None:
+        ce = tl.load(w_ce + r)
+    label = (None, 0, False, 0.0)
+    if labels is not None:
+        index = tl.load(labels + r)
+        legal = (index >= 0) & (index < vocab)
+        index = tl.where(legal, index, 0).to(tl.int32)
+        z = read_one(student + r * student_stride, student_bias, student_scale, student_cap, index, FORM_S)
+        label = (index + shift, index, legal, z)
+    return shift, (begin_s, begin_t), (loss + r, row_stats, row_d, begin_d), (kd, ce), label
+
+
+@triton.jit
+def row_counts(out, weights, label, vocab, ROWS: tl.constexpr):
+    """Whether there is anything to compute; if not, stores 0, or NaN where the label that counts is none."""
+    kd, ce = weights
+    idle, wrong = (kd == 0) & (ce == 0), (ce != 0) & (label[2] == 0)
+    if idle | wrong:
+        store_everything(out, vocab, tl.where(idle, 0.0, float("nan")), ROWS)
+    return (idle | wrong) == 0
+
+
 @triton.jit(do_not_specialize=["student_stride", "teacher_stride", "dlogits_stride", "dlogits_vocab", "vocab"])
 def dense_kernel(
     student, student_stride, student_bias, student_scale, student_cap,
@@ -226,32 +268,12 @@ def dense_kernel(
     Bytes: both operands read twice (forward and reverse KL) or three times, the gradient written once.
     """
     r = tl.program_id(0).to(tl.int64)
-    begin_s, shift = anchor(student, r, student_stride, LAYOUT)
-    begin_t, _ = anchor(teacher, r, teacher_stride, LAYOUT)
-    row_d, begin_d, row_stats = None, None, None
-    if dlogits is not None:
-        row_d = dlogits + r * dlogits_stride
-        begin_d, _ = anchor(dlogits, r, dlogits_stride, LAYOUT)
-        fill_row(row_d, vocab, dlogits_vocab, 0.0, ROWS)
-    if stats is not None:
-        row_stats = stats + r * 6
-    out = (loss + r, row_stats, row_d, begin_d)
-    kd, ce = tl.load(w_kd + r), 0.0
-    if w_ce is not None:
-        ce = tl.load(w_ce + r)
-    label = (None, 0, False, 0.0)
-    if labels is not None:
-        index = tl.load(labels + r)
-        legal = (index >= 0) & (index < vocab)
-        index = tl.where(legal, index, 0).to(tl.int32)
-        z = read_one(student + r * student_stride, student_bias, student_scale, student_cap, index, FORM_S)
-        label = (index + shift, index, legal, z)
-    if (kd == 0) & (ce == 0):
-        store_everything(out, vocab, 0.0, ROWS)
-    elif (ce != 0) & (label[2] == 0):
-        store_everything(out, vocab, float("nan"), ROWS)
-    else:
-        one_row(begin_s, begin_t, shift, out, (student_bias, student_scale, student_cap),
-                (teacher_bias, teacher_scale, teacher_cap), vocab, (kd, ce), label, (per_t, c, a, b),
+    shift, begins, out, weights, label = row_arguments(
+        r, student, student_stride, student_bias, student_scale, student_cap, teacher, teacher_stride,
+        dlogits, dlogits_stride, dlogits_vocab, loss, stats, w_kd, w_ce, labels, vocab, FORM_S, LAYOUT, ROWS,
+    )  # fmt: skip
+    if row_counts(out, weights, label, vocab, ROWS):
+        one_row(begins[0], begins[1], shift, out, (student_bias, student_scale, student_cap),
+                (teacher_bias, teacher_scale, teacher_cap), vocab, weights, label, (per_t, c, a, b),
                 TERM, GRAD, QUICK_TERM, SUM_GRAD, QUICK_GRAD, KIND, CARRY, COLD,
                 FORM_S, FORM_T, LAYOUT, ROWS, VEC)  # fmt: skip

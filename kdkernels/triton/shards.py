@@ -44,6 +44,13 @@ def row_counts(w_kd, w_ce, r):
     return kd, ce, (kd != 0) | (ce != 0)
 
 
+@triton.jit
+def row_norms(merged, r):
+    """The normalisers of both sides of row r, each as (K, r)."""
+    at = merged + r * 4
+    return (tl.load(at), tl.load(at + 1)), (tl.load(at + 2), tl.load(at + 3))
+
+
 @triton.jit(do_not_specialize=["student_stride", "teacher_stride", "vocab", "offset"])
 def norms_kernel(
     student, student_stride, student_bias, student_scale, student_cap,
@@ -118,8 +125,7 @@ def sums_kernel(
             r, student, student_stride, student_bias, student_scale, student_cap,
             teacher, teacher_stride, teacher_bias, teacher_scale, teacher_cap, vocab, LAYOUT,
         )  # fmt: skip
-        norm_s = (tl.load(merged + r * 4), tl.load(merged + r * 4 + 1))
-        norm_t = (tl.load(merged + r * 4 + 2), tl.load(merged + r * 4 + 3))
+        norm_s, norm_t = row_norms(merged, r)
         term, grad, _fine = stats_sweep(student_, teacher_, span, norm_s, norm_t, per_t, a, b,
                                     TERM, GRAD, True, ELEMENT, FORM_S, FORM_T, LAYOUT, ROWS, VEC)  # fmt: skip
     tl.store(sums + r * 2, term)
@@ -150,8 +156,7 @@ def gradient_kernel(
             r, student, student_stride, student_bias, student_scale, student_cap,
             teacher, teacher_stride, teacher_bias, teacher_scale, teacher_cap, vocab, LAYOUT,
         )  # fmt: skip
-        norm_s = (tl.load(merged + r * 4), tl.load(merged + r * 4 + 1))
-        norm_t = (tl.load(merged + r * 4 + 2), tl.load(merged + r * 4 + 3))
+        norm_s, norm_t = row_norms(merged, r)
         total, k = tl.load(totals + r), kd * per_t
         place, frozen = None, (0.0, 0.0)
         if labels is not None:
