@@ -21,7 +21,6 @@ import pytest
 import torch
 from emulated import serve
 from ptx.static_facts import static_facts
-from triton.backends.nvidia.compiler import get_ptxas
 
 from kdkernels.ops.rows import RowSpec, Side, divergence_rows_
 from kdkernels.weights import RowWeights
@@ -98,9 +97,7 @@ def measure(case: Case) -> dict[str, float]:
             divergence_rows_("triton", **case.arguments())
     at = SHARDS.index(case.kernel) if case.kernel in SHARDS else 0
     compiled, report = emulator.compiled[at], emulator.reports[at]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PTXAS", get_ptxas(case.target).path)  # the one whose PTX version Triton has written
-        facts = static_facts(compiled.ptx, case.target)
+    facts = static_facts(compiled.ptx, case.target)
     size = DTYPES[case.dtype].itemsize
     return {
         "registers": facts.registers,

@@ -76,19 +76,15 @@ class StaticFacts:
 
 
 def ptxas(target: int) -> str | None:
-    """A ptxas that knows the target: Triton's own, or the one on PATH."""
-    name = "ptxas-blackwell" if target >= 100 else "ptxas"
+    """The ptxas that Triton assembles for this target with (its PTX is of that one's version), or the one on PATH."""
     if os.environ.get("PTXAS"):
         return os.environ["PTXAS"]
     try:
-        from triton.backends import nvidia
+        from triton.backends.nvidia.compiler import get_ptxas
 
-        path = Path(nvidia.__file__).parent / "bin" / name
-        if path.exists():
-            return str(path)
-    except ImportError:
-        pass
-    return shutil.which("ptxas")
+        return str(get_ptxas(target).path)
+    except (ImportError, RuntimeError):
+        return shutil.which("ptxas")
 
 
 @functools.lru_cache(maxsize=512)
