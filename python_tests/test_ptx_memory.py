@@ -162,3 +162,16 @@ def test_tensors_elsewhere_and_unknown_forms_are_refused() -> None:
     for line in ("ld.global.v2.b64.frobnicate {%d1, %d2}, [%d50];", "ld.global.b128 %d1, [%d50];", "tex.1d %w1, %w2;"):
         with pytest.raises(Unsupported):
             per_thread(line, [np.zeros(4, U32)], [U32])
+
+
+def test_parameters_are_read_by_an_address_that_differs_between_threads() -> None:
+    body = """mov.b64 %d1, p1; mov.u32 %w1, %tid.x; mul.wide.u32 %d2, %w1, 8; add.s64 %d1, %d1, %d2; {shift}
+              {load}; ld.param.u64 %d3, [p0]; add.s64 %d3, %d3, %d2; st.global.u64 [%d3], %d4;"""
+    load, out = "ld.param.u64 %d4, [%d1]", np.zeros(2, np.uint64)
+    run(kernel(body.format(shift="", load=load), 3), (1,), 2, [out, 7, 11])
+    assert out.tolist() == [7, 11]
+    for shift, fault in (("add.s64 %d1, %d1, 8;", OutOfBounds), ("add.s64 %d1, %d1, 4;", Misaligned)):
+        with pytest.raises(fault):
+            run(kernel(body.format(shift=shift, load=load), 3), (1,), 2, [out, 7, 11])
+    with pytest.raises(OutOfBounds):  # the address is one of parameters only
+        run(kernel(body.format(shift="", load="ld.global.u64 %d4, [%d1]"), 3), (1,), 2, [out, 7, 11])

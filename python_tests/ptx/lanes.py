@@ -86,9 +86,9 @@ class Lanes:
         alignment = kernel.dynamic_alignment
         start = -(-kernel.shared_bytes // alignment) * alignment if kernel.dynamic else kernel.shared_bytes
         size = start + launch.dynamic_shared if kernel.dynamic else start
-        self.symbols = (
-            dict(kernel.shared) | dict.fromkeys(kernel.dynamic, start) | dict(kernel.local) | launch.constants
-        )
+        parameters = {name: parameter.offset for name, parameter in kernel.parameters.items()}  # within .param
+        own = dict(kernel.shared) | dict.fromkeys(kernel.dynamic, start) | dict(kernel.local)
+        self.symbols = parameters | own | launch.constants
         granule = _smallest_shared_access(kernel)
         ordered = any(i.opcode == "mbarrier" or i.has("bulk") for i in kernel.instructions)
         self.shared = SharedMemory(self.ctas, size, granule, launch.cluster, check=launch.check_races, ordered=ordered)

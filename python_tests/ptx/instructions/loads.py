@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from ..report import Counts
 from ..scalars import BITS, UNSIGNED
 
 Array = np.ndarray[Any, Any]
+Assigner = Callable[[Array, Mask], None]
 
 # Hints and orders that change no result here: memory is sequentially consistent and has no caches.
 HINTS = (
@@ -159,16 +160,40 @@ def load(lanes: Lanes, instruction: Instruction) -> Step:
 
 def _load_parameter(lanes: Lanes, instruction: Instruction) -> Step:
     name, extra = address(instruction.operands[1])
+    width = BITS[instruction.type] // 8
+    assigners = [lanes.assigner(part, instruction.type) for part in members(instruction.operands[0])]
+    if name in lanes.registers:
+        return _load_parameter_at(lanes, instruction, width, assigners)
     if name not in lanes.kernel.parameters:
         raise Unsupported("parameters of called functions")
-    start, width = lanes.kernel.parameters[name].offset + extra, BITS[instruction.type] // 8
-    assigners = [lanes.assigner(part, instruction.type) for part in members(instruction.operands[0])]
+    start = lanes.kernel.parameters[name].offset + extra
     data = np.frombuffer(lanes.launch.parameters, np.uint8)[start : start + width * len(assigners)]
     values = data.copy().view(UNSIGNED[8 * width])
 
     def step(mask: Mask) -> None:
         for assign, value in zip(assigners, values, strict=True):
             assign(np.full(lanes.count, value), mask)
+
+    return step
+
+
+def _load_parameter_at(lanes: Lanes, instruction: Instruction, width: int, assigners: Sequence[Assigner]) -> Step:
+    """A parameter by its address, which `mov` has taken."""
+    addresses, count = lanes.addresses(instruction.operands[1]), len(assigners)
+    data = np.frombuffer(lanes.launch.parameters, np.uint8)
+
+    def step(mask: Mask) -> None:
+        threads = active(lanes, mask)
+        start = addresses()[threads]
+        if (start % (width * count)).any():
+            raise Misaligned(f"parameter address no multiple of {width * count} in `{instruction.text}`")
+        if int(start.min()) < 0 or int(start.max()) + width * count > len(data):
+            raise OutOfBounds(f"parameters of {len(data)} bytes in `{instruction.text}`")
+        for position, assign in enumerate(assigners):
+            bytes_ = data[start[:, None] + np.arange(position * width, (position + 1) * width)]
+            values = np.zeros(lanes.count, UNSIGNED[8 * width])
+            values[threads] = bytes_.reshape(-1).view(UNSIGNED[8 * width])
+            assign(values, mask)
 
     return step
 
