@@ -73,7 +73,7 @@ class EncodedLogits:
             fail(ValueError, "shape", list(self.shape), f"that of the block's {facts.rows} rows")
 
         def tensor(x: codec.Int32 | codec.Float32) -> Tensor:
-            return torch.from_numpy(x.reshape(*self.shape, *x.shape[1:])).to(device)
+            return torch.from_numpy(x.reshape((*self.shape, *x.shape[1:]))).to(device)
 
         columns = {name: tensor(x) for name, x in rows.columns.items()}
         tails = {float(name[len(TAIL) :]): x for name, x in columns.items() if name.startswith(TAIL)}
