@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kdkernels import trainers as trainers
     from kdkernels.compression.cache import TeacherCache as TeacherCache
+    from kdkernels.compression.select import compress as compress
     from kdkernels.divergences import Divergence as Divergence
     from kdkernels.divergences.adaptive_kl import AdaptiveKL as AdaptiveKL
     from kdkernels.divergences.alpha_beta import AlphaBeta as AlphaBeta
@@ -52,6 +53,7 @@ _HOMES = {
     "SparseLogits": "sparse_logits",
     "TeacherCache": "compression.cache",
     "TotalVariation": "divergences.total_variation",
+    "compress": "compression.select",
     "distillation_loss": "losses",
     "explain": "explanation",
 }

@@ -19,6 +19,10 @@ _TABLE = {"cpu": ("cpp", "eager"), "cuda": ("cuda", "triton", "eager")}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+SELECTION, DRAWS = "topk", "draw"
+"""What `kdkernels.compress` asks for in place of an element function."""
+
+
 class Verdict(NamedTuple):
     """Whether a backend can serve, and the reason."""
 
@@ -34,6 +38,8 @@ def judge(backend: str, device: torch.device, dtype: torch.dtype, kernel: str, s
     """
     if backend == "eager":
         return Verdict(backend, True, "plain torch, any device")
+    if kernel in (SELECTION, DRAWS):
+        return _judge_selection(backend, device, dtype, kernel)
     if backend == "triton" and sparse:
         return Verdict(backend, False, "the Triton kernels take no sparse teachers yet")
     if backend == "triton":
@@ -55,6 +61,18 @@ def judge(backend: str, device: torch.device, dtype: torch.dtype, kernel: str, s
     if sparse and native.why_not_sparse():
         return Verdict(backend, False, native.why_not_sparse())
     return Verdict(backend, True, f"native kernels, {native.isa()}")
+
+
+def _judge_selection(backend: str, device: torch.device, dtype: torch.dtype, kernel: str) -> Verdict:
+    """Whether ``backend`` selects the largest entries of rows, or draws from them."""
+    if backend != "cpp":
+        return Verdict(backend, False, f"the {backend} kernels do not include {kernel!r}")
+    if device.type != "cpu":
+        return Verdict(backend, False, f"serves CPU tensors, these are on {device}")
+    why = native.why_not_topk()
+    if not why and dtype not in _DTYPES:
+        why = f"serves float32, bfloat16, float16 and float64, not {dtype}"
+    return Verdict(backend, not why, why or f"native kernels, {native.isa()}")
 
 
 def survey(device: torch.device, dtype: torch.dtype, kernel: str, sparse: bool = False) -> list[Verdict]:

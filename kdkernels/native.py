@@ -139,6 +139,16 @@ def why_not_sparse() -> str:
     )
 
 
+def why_not_topk() -> str:
+    """Why the native library cannot select; empty when it can."""
+    if not available():
+        return reason()
+    if torch._C._dispatch_has_kernel_for_dispatch_key("kdkernels_C::topk_", "CPU"):
+        return ""
+    rebuild = "pip install . (in a source tree: pip install -e . --no-build-isolation)"
+    return f"the native kernels were built before there was one for selection: rebuild with {rebuild}"
+
+
 def kernel_id(name: str) -> int | None:
     """The id that `dense_` takes for the kernel `name`; None where `why_not(name)` says why."""
     if why_not(name):
@@ -244,3 +254,45 @@ def kl_onchip_(
     torch.ops.kdkernels_C.kl_onchip_.default(
         student, teacher, w_kd, reverse, temperature, vocab, cluster, stages, loss, dlogits
     )
+
+
+def topk_(
+    logits: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float,
+    temperature: float,
+    vocab: int,
+    k: int,
+    other_temperatures: list[float],
+    ids: Tensor,
+    log_probs: Tensor,
+    log_tail: Tensor,
+    entropy: Tensor | None,
+    other_tails: Tensor | None,
+) -> None:
+    """The k largest entries of each row and the mass of the others; writes the last five arguments.
+
+    logits [N, >= vocab] (float32, float16, bfloat16, float64), unit stride along the vocabulary; bias [vocab],
+    log_probs [N, k], log_tail, entropy [N], other_tails [N, M] in float32 (float64 for float64 logits); ids int32
+    [N, k]. csrc/topk.h says what each means. Raises RuntimeError naming the argument at fault.
+    """
+    torch.ops.kdkernels_C.topk_.default(
+        logits, bias, scale, softcap, temperature, vocab, k, other_temperatures,
+        ids, log_probs, log_tail, entropy, other_tails,
+    )  # fmt: skip
+
+
+def draw_(
+    logits: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float,
+    temperature: float,
+    vocab: int,
+    uniforms: Tensor,
+    ids: Tensor,
+) -> None:
+    """Draws from each row's distribution at uniforms [N, n] (float64), into ids [N, n] (int32); logits as for `topk_`.
+    Fastest where uniforms ascend. CPU only."""
+    torch.ops.kdkernels_C.draw_.default(logits, bias, scale, softcap, temperature, vocab, uniforms, ids)
