@@ -38,6 +38,8 @@ inline const char* dtype_name(ScalarType dtype) {
       return "float16";
     case ScalarType::BFloat16:
       return "bfloat16";
+    case ScalarType::Int:
+      return "int32";
     case ScalarType::Long:
       return "int64";
     default:

@@ -1,57 +1,15 @@
 // Schemas of all native leaves, and the glue between tensors and the torch-free kernels of kernels.h.
 // Only torch's stable ABI is used, so one binary serves every torch from 2.10 on.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
-#include <atomic>
-#include <cstdlib>
-
 #include "build_facts.gen.h"
-#include "checks.h"
-#include "kernels.h"
+#include "glue.h"
 
 #define KD_EXPORT __attribute__((visibility("default")))
 
 namespace kd {
 namespace {
-
-constexpr size_t kAlign = 64;  // a cache line, and the widest vector
-// Elements a thread gets at least. Measured on 2 cores of an AMD EPYC (Zen 5), November 2026, JSD with
-// gradient, fp32: 2 rows of 4096 take 14.6 us on one thread and 12.8 on two, 2 rows of 1024 take 8.4 and 9.6.
-constexpr int64_t kGrain = 4096;
-
-struct Scratch {
-  explicit Scratch(size_t bytes) : data(std::aligned_alloc(kAlign, (bytes + kAlign - 1) / kAlign * kAlign)) {}
-  ~Scratch() { std::free(data); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  void* data;
-};
-
-kd_dtype dtype_of(const Tensor& student) {
-  switch (student.scalar_type()) {
-    case ScalarType::Float:
-      return KD_F32;
-    case ScalarType::Half:
-      return KD_F16;
-    case ScalarType::BFloat16:
-      return KD_BF16;
-    case ScalarType::Double:
-      return KD_F64;
-    default:
-      break;
-  }
-  require(false, "student is ", dtype_name(student.scalar_type()),
-          "; it must be float32, float16, bfloat16 or float64");
-  return KD_F32;
-}
-
-template <class T = void>
-const T* pointer(const OptionalTensor& t) {
-  return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
-}
 
 struct Sides {  // the scalars of the schema that belong to no tensor
   double student_scale, student_softcap, teacher_scale, teacher_softcap;
@@ -71,21 +29,6 @@ void check_scalars(const Sides& s, int64_t kernel, double a, double b, double te
   require(std::isfinite(temperature) && temperature > 0, "temperature is ", temperature,
           "; it must be positive");
   require(vocab >= 1, "vocab is ", vocab, "; it must be at least 1");
-}
-
-// Rows run on torch's own pool: at::set_num_threads governs, nested regions and forked workers behave as
-// torch does.
-void run_rows(const kd_rows& args) {
-  const size_t bytes = std::max<size_t>(kd_dense_scratch_bytes(&args), kAlign);
-  const int64_t grain = std::max<int64_t>(1, kGrain / args.vocab);
-  std::atomic<int> error{0};
-  torch::stable::parallel_for(0, args.rows, grain, [&](int64_t begin, int64_t end) {
-    Scratch scratch(bytes);
-    const int code = scratch.data ? kd_dense_cpu(&args, begin, end, scratch.data) : -1000;
-    if (code) error.store(code);
-  });
-  require(error.load() != -1000, "no memory for ", bytes, " bytes of scratch a thread");
-  require(error.load() == 0, "the CPU kernel refused its arguments (code ", error.load(), ")");
 }
 
 void dense_(const Tensor& student, const Tensor& teacher, const OptionalTensor& student_bias,
@@ -144,7 +87,9 @@ void dense_(const Tensor& student, const Tensor& teacher, const OptionalTensor& 
     require(!overlap(args.dlogits, *dlogits, args.teacher.data, teacher, bytes),
             "dlogits shares memory with teacher; it must be apart from it");
   }
-  run_rows(args);
+  run_rows(rows, vocab, kd_dense_scratch_bytes(&args), [&](int64_t begin, int64_t end, void* scratch) {
+    return kd_dense_cpu(&args, begin, end, scratch);
+  });
 }
 
 }  // namespace
@@ -164,6 +109,11 @@ STABLE_TORCH_LIBRARY(kdkernels_C, m) {
       "float student_softcap, float teacher_scale, float teacher_softcap, Tensor w_kd, Tensor? w_ce, "
       "Tensor? labels, int kernel, float a, float b, float temperature, int vocab, Tensor(a!) loss, "
       "Tensor(b!)? dlogits, Tensor(c!)? stats) -> ()");
+  m.def(
+      "sparse_(Tensor student, Tensor? student_bias, float student_scale, float student_softcap, Tensor ids, "
+      "Tensor log_probs, Tensor log_tail, Tensor w_kd, Tensor? w_ce, Tensor? labels, int kernel, float a, "
+      "float b, float excess, int mode, float temperature, int vocab, Tensor(a!) loss, Tensor(b!)? dlogits, "
+      "Tensor(c!)? stats) -> ()");
   m.def(
       "topk_(Tensor logits, Tensor? bias, float scale, float softcap, float temperature, int vocab, int k, "
       "float[] other_temperatures, Tensor(a!) ids, Tensor(b!) log_probs, Tensor(c!) log_tail, "

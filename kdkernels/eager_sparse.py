@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kdkernels import divergences
 from kdkernels.eager import (
+    HOPELESS,
     _bad_rows,
     _chain,
     _cross_entropy,
@@ -120,12 +121,13 @@ def _split(zs: Tensor, lq: Tensor, index: Tensor, held: Tensor, temperature: flo
     others = torch.where(inside, -torch.inf, zs)
     top = others.amax(-1, keepdim=True)
     empty = top == -torch.inf
-    e = torch.where(empty, 0.0, ((others - top) / temperature).exp())
+    e = torch.where(empty, 1.0, ((others - top) / temperature).exp())
     total = e.sum(-1, keepdim=True)
     # relative to the row's normaliser as a kept entry is: by the largest of the others
     largest = lq.gather(-1, others.argmax(-1, keepdim=True))
     tail = torch.where(empty, -torch.inf, largest + total.log())
-    return _Student(gathered(lq), _log_probs(gathered(zs), temperature), tail[:, 0], torch.where(empty, 0.0, e / total))
+    share = torch.where(tail < HOPELESS, 0.0, e / total)  # a tail of masked entries is moved by nothing
+    return _Student(gathered(lq), _log_probs(gathered(zs), temperature), tail[:, 0], share)
 
 
 def _compare(lp: Tensor, log_tail: Tensor, student: _Student, held: Tensor, spec: RowSpec) -> _Comparison:

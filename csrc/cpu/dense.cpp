@@ -1,27 +1,9 @@
 // Rows of the dense distillation loss: normalisers, statistics, gradient. See kernels.h for the contract.
 #include "adaptive.h"
+#include "results.h"
+#include "sparse.h"
 
 namespace KD_NS {
-
-static void put(void* to, int64_t i, double x) { ((float*)to)[i] = (float)x; }
-
-static void fill_row(const Task& task, int64_t r, float value) {
-  const kd_rows& a = *task.args;
-  put(a.loss, r, value);
-  for (int i = 0; a.stats && i < KD_STATS; ++i) put(a.stats, r * KD_STATS + i, value);
-  if (!a.dlogits) return;
-  char* row = (char*)a.dlogits + r * a.dlogits_stride * size_of(a.dtype);
-  for (int i = 0; i < kBlock; ++i) task.out[i] = value;
-  for (int64_t first = 0; first < a.vocab; first += kBlock) {
-    store_block(a.dtype, task.out, row, first, (int)(a.vocab - first < kBlock ? a.vocab - first : kBlock));
-  }
-}
-
-static void zero_padding(const kd_rows& a, int64_t r) {
-  if (!a.dlogits || a.dlogits_vocab <= a.vocab) return;
-  const int64_t size = size_of(a.dtype);
-  memset((char*)a.dlogits + (r * a.dlogits_stride + a.vocab) * size, 0, (a.dlogits_vocab - a.vocab) * size);
-}
 
 static Row row_at(const Task& task, int64_t r, int64_t end) {
   const kd_rows& a = *task.args;
@@ -59,12 +41,6 @@ static bool normalise(const Task& task, Row& row, double* cross) {
   return true;
 }
 
-static double negative_log_likelihood(const Row& row) {
-  if (row.label < 0) return 0;
-  const double l = (double)row.z_label - row.cold.reference - log(row.cold.sum);
-  return l < kHopeless ? -(double)kMasked : -l;
-}
-
 // All but the divergence; before the gradient, which may overwrite the student.
 static void write_stats(const Task& task, const Row& row, int64_t r, double nll) {
   const int64_t vocab = task.args->vocab;
@@ -90,7 +66,7 @@ static void dense_row(const Task& task, int64_t r, int64_t end) {
                    : online                   ? online_row(task, row, cross)
                                               : separable_row(task, row);
   if (a.stats) put(a.stats, r * KD_STATS, d);
-  put(a.loss, r, (row.w_kd != 0 ? row.w_kd * d : 0) + (row.w_ce != 0 ? row.w_ce * nll : 0));
+  put_loss(a, row, r, d, nll);
 }
 
 static int dense(const kd_rows* args, int64_t begin, int64_t end, void* scratch) {
@@ -110,4 +86,5 @@ static int dense(const kd_rows* args, int64_t begin, int64_t end, void* scratch)
 
 #define KD_STRING2(x) #x
 #define KD_STRING(x) KD_STRING2(x)
-const kd_cpu_kernels KD_CAT(kd_kernels_, KD_ISA) = {KD_STRING(KD_ISA), KD_NS::scratch_bytes, KD_NS::dense};
+const kd_cpu_kernels KD_CAT(kd_kernels_, KD_ISA) = {KD_STRING(KD_ISA), KD_NS::scratch_bytes, KD_NS::dense,
+                                                    KD_NS::sparse_scratch_bytes, KD_NS::sparse};

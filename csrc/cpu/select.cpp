@@ -76,4 +76,15 @@ int kd_dense_cpu(const kd_rows* args, int64_t begin, int64_t end, void* scratch)
                                : kChoice.kernels->dense(args, begin, end, scratch);
 }
 
+size_t kd_sparse_scratch_bytes(const kd_sparse* args) {
+  return !kChoice.kernels || args->rows.dtype == KD_F64 ? 0 : kChoice.kernels->sparse_scratch_bytes(args);
+}
+
+int kd_sparse_cpu(const kd_sparse* args, int64_t begin, int64_t end, void* scratch) {
+  if (!kChoice.kernels) return -2;
+  if (args->rows.vocab < 1 || args->kept < 1 || begin >= end) return 0;
+  return args->rows.dtype == KD_F64 ? kd_sparse64(args, begin, end)
+                                    : kChoice.kernels->sparse(args, begin, end, scratch);
+}
+
 }  // extern "C"
