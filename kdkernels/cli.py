@@ -1,4 +1,4 @@
-"""The command line: `kdkernels info | distill | bench`.
+"""The command line: `kdkernels info | distill | cache | bench`.
 
 Nothing heavy is imported before a command needs it. Wrong input ends with one line on stderr and exit status 2; an
 interrupted run with 128 plus the signal's number, its state saved.
@@ -29,8 +29,10 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
+    from kdkernels import cache_cli
+
     parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
+    arguments, rest = parser.parse_known_args(cache_cli.with_command(list(sys.argv[1:] if argv is None else argv)))
     if rest and arguments.command != "bench":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.rest = rest
@@ -42,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from kdkernels import cache_cli
+    from kdkernels.trainers.config import GROUPS, DistillConfig
+
     parser = _Parser(
         prog="kdkernels", description="Distillation of language models: fused losses, and the jobs built on them."
     )
@@ -55,24 +60,22 @@ def _parser() -> argparse.ArgumentParser:
         help="train a student on a teacher's distributions over text",
         description="Train a student on a teacher's distributions over text; saves it in transformers' format.",
     )
-    _add_options(distill)
+    _add_options(distill, DistillConfig(), GROUPS)
     distill.set_defaults(run=_distill)
+    cache_cli.add_parser(commands, _add_options)
     bench = commands.add_parser("bench", help="run the benchmarks of a checkout", add_help=False)
     bench.set_defaults(run=_bench)
     return parser
 
 
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    """One flag per field of `DistillConfig`; absent flags leave the config file's value, or the default."""
-    from kdkernels.trainers.config import GROUPS, DistillConfig
-
+def _add_options(parser: argparse.ArgumentParser, defaults: Any, groups: dict[str, str]) -> None:
+    """One flag per field of a dataclass of options; absent flags leave the config file's value, or the default."""
     parser.add_argument("--config", metavar="FILE", help="read options from a .json or .toml file; flags go before it")
     parser.add_argument("--quiet", action="store_true", help="no progress bar and no table")
-    defaults = DistillConfig()
     group: argparse._ActionsContainer = parser
-    for item in dataclasses.fields(DistillConfig):
-        if item.name in GROUPS:
-            group = parser.add_argument_group(GROUPS[item.name])
+    for item in dataclasses.fields(defaults):
+        if item.name in groups:
+            group = parser.add_argument_group(groups[item.name])
         default = getattr(defaults, item.name)
         flag, text = "--" + item.name.replace("_", "-"), item.metadata["help"].replace("%", "%%")
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
@@ -100,15 +103,23 @@ def _info(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _distill(arguments: argparse.Namespace) -> int:
-    from kdkernels.trainers.config import config_from, read_config_file
+def options_of(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """(plain values of the config file and the flags, flags first; where they come from)."""
+    from kdkernels.trainers.config import read_config_file
 
-    given = {k: v for k, v in vars(arguments).items() if k not in ("command", "run", "rest", "config", "quiet")}
+    ours = ("command", "cache_command", "run", "rest", "config", "quiet")
+    given = {k: v for k, v in vars(arguments).items() if k not in ours}
     for name in ("domain", "divergence_args"):
         if name in given:
             given[name] = _pairs(name, given[name])
     values = read_config_file(arguments.config) if arguments.config else {}
-    config = config_from({**values, **given}, arguments.config or "command line").validate()
+    return {**values, **given}, arguments.config or "command line"
+
+
+def _distill(arguments: argparse.Namespace) -> int:
+    from kdkernels.trainers.config import config_from
+
+    config = config_from(*options_of(arguments)).validate()
     from kdkernels.trainers import Interrupted, distill
 
     try:

@@ -7,7 +7,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from kdkernels.errors import UserError
 
@@ -23,6 +23,7 @@ GROUPS = {
 SCHEDULES = ("cosine", "linear", "constant")
 MIXES = ("proportional", "equal")
 SCALINGS = ("none", "t2")
+Options = TypeVar("Options")
 SPARSE_MODES = ("ghost", "renormalize", "truncate")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -149,13 +150,18 @@ def _require(ok: bool, name: str, value: str, allowed: str, remedy: str) -> None
 
 def config_from(values: dict[str, Any], source: str) -> DistillConfig:
     """A config from plain values (a file's, or the command line's); unknown names and wrong types raise `UserError`."""
-    known = {item.name: item for item in dataclasses.fields(DistillConfig)}
+    return options_from(values, source, DistillConfig)
+
+
+def options_from(values: dict[str, Any], source: str, kind: type[Options]) -> Options:
+    """`config_from` for any dataclass of options."""
+    known = {item.name: item for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
     clean: dict[str, Any] = {}
     for name, value in values.items():
         if name not in known:
             raise UserError(f"{source}: unknown option {name!r}{_did_you_mean(name, known)}")
-        clean[name] = _converted(name, value, getattr(DistillConfig(), name), source)
-    return DistillConfig(**clean)
+        clean[name] = _converted(name, value, getattr(kind(), name), source)
+    return kind(**clean)
 
 
 def _did_you_mean(name: str, known: dict[str, Any]) -> str:
