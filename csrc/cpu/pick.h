@@ -66,20 +66,22 @@ struct Mass {
   double sum, weighted;
 };
 
-// Of the n floats (a multiple of kWidth) that are above `least` (kAbove) or below it.
+// Of the n floats (a multiple of kWidth) that are above `least` (kAbove) or below it; padding is neither.
 template <bool kAbove>
 KD_NOINLINE Mass mass_of(const float* z, int64_t n, float least, float reference, float per_t) {
   const Exp exp_t(per_t);
   const vf bar = vf::all(least), from = vf::all(reference), zero = vf::all(0), low = vf::all(-100.0f / per_t);
+  const vf padding = vf::all(-INFINITY);
   Mass to = {0, 0};
   for (int64_t block = 0; block < n; block += kBlock) {
     const int64_t end = block + kBlock < n ? block + kBlock : n;
     Running<kLongLanes, vf> sums, weighted;
     for (int64_t i = block; i < end; i += kWidth) {
       const vf v = vf::load(z + i), x = floor_at(v - from, low);
-      const vf e = select(kAbove ? lt(bar, v) : lt(v, bar), vf{exp_t.clamped(x.v)}, zero);
+      const mask counts = kAbove ? lt(bar, v) : lt(v, bar) & lt(padding, v);
+      const vf e = select(counts, vf{exp_t.clamped(x.v)}, zero);
       sums.add(e);
-      weighted.add(e, select(lt(zero, e), x, zero));  // padding: not 0 * inf
+      weighted.add(e, select(counts, x, zero));
     }
     to.sum += sum(sums.total.v);
     to.weighted += sum(weighted.total.v);
