@@ -145,7 +145,9 @@ def _open(path: Path) -> Sequence[Mapping[str, Any]]:
     try:
         datasets = importlib.import_module("datasets")
     except ModuleNotFoundError as error:
-        raise CacheError("importing a dataset needs datasets, which is not installed: pip install 'kdkernels[datasets]'") from error
+        raise CacheError(
+            "importing a dataset needs datasets, which is not installed: pip install 'kdkernels[datasets]'"
+        ) from error
     try:
         if files:
             loaded = datasets.Dataset.from_parquet([str(file) for file in files], keep_in_memory=False)
