@@ -17,6 +17,10 @@ from kdkernels.ops.sparse import MODES
 from kdkernels.sparse_logits import SparseLogits
 
 _INTEGERS = (int, numbers.Integral, torch.SymInt)
+LOWEST_TEMPERATURE = 1e-5
+"""1 / T times 2^110 is still a float32: the kernels' exponential needs that much."""
+HIGHEST_TEMPERATURE = 1e6
+
 _REMEDIES = {
     "chunk_bytes": "None takes 256 MiB",
     "vocab_size": "None takes the logits' last dimension",
@@ -60,8 +64,8 @@ def check_scalars(
 ) -> None:
     """Numbers that are the same for every token."""
     require_finite_number("temperature", temperature)
-    if not 1e-6 <= temperature <= 1e6:
-        allowed = "> 0, in [1e-6, 1e6]"
+    if not LOWEST_TEMPERATURE <= temperature <= HIGHEST_TEMPERATURE:
+        allowed = f"> 0, in [{LOWEST_TEMPERATURE}, {HIGHEST_TEMPERATURE:g}]"
         fail(ValueError, "temperature", temperature, allowed, "1.0 compares the models' own distributions")
     require_choice("temperature_scaling", scaling, ("none", "t2"))
     for name, weight in (("kd_weight", kd_weight), ("ce_weight", ce_weight)):
@@ -116,11 +120,17 @@ def check_modes(group: object | None, sparse_mode: str) -> None:
         fail(ValueError, "group", group, "None", remedy)
 
 
-def check_not_forward_mode(student: Tensor | LinearLogits) -> None:
-    """The operators have no forward-mode derivative; without this check their tangent would silently be 0."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+def check_not_transformed(student: Tensor | LinearLogits) -> None:
+    """The operators have no forward-mode derivative (without this check their tangent would silently be 0), and torch
+    gives operators like them no derivative under `torch.func`."""
+    if torch.compiler.is_compiling() or not isinstance(student, (Tensor, LinearLogits)):
         return
     parts = (student,) if isinstance(student, Tensor) else (student.hidden, student.weight, student.bias)
+    if any(part is not None and torch._C._functorch.is_gradtrackingtensor(part) for part in parts):
+        remedy = "use torch.autograd.grad or backward(), or write the loss with torch.log_softmax"
+        fail(ValueError, "student", "a tensor inside torch.func.grad, vjp or jacrev", "a plain tensor", remedy)
+    if forward_ad._current_level < 0:
+        return
     if any(part is not None and forward_ad.unpack_dual(part).tangent is not None for part in parts):
         remedy = "use reverse mode (backward), or write the loss with torch.log_softmax"
         fail(ValueError, "student", "a dual tensor of forward-mode differentiation", "a plain tensor", remedy)

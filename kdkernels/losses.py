@@ -112,7 +112,7 @@ def distillation_loss(
             head's weight and bias are treated as constants).
         divergence: ``forward_kl``, ``reverse_kl``, ``jsd``, ``skew_kl``, ``skew_reverse_kl``, ``total_variation``,
             ``alpha_beta``, ``adaptive_kl``, or an object such as ``kd.JSD(beta=0.1)``. Natural logarithm.
-        temperature: T in [1e-6, 1e6]; the divergence compares ``softmax(z / T)``. float32 keeps its six digits from
+        temperature: T in [1e-5, 1e6]; the divergence compares ``softmax(z / T)``. float32 keeps its six digits from
             T = 1e-3. Cross-entropy is always at temperature 1.
         temperature_scaling: ``"t2"`` multiplies D by T^2 (Hinton et al. 2015), ``"none"`` does not.
         labels: token ids, integer ``[...]``, for the cross-entropy, and to say which tokens count.
@@ -164,7 +164,7 @@ def distillation_loss(
     )
     arguments.check_reduction(reduction, num_items)
     arguments.check_modes(group, sparse_mode)
-    arguments.check_not_forward_mode(student)
+    arguments.check_not_transformed(student)
     student, teacher = arguments.under_autocast(student), arguments.under_autocast(teacher)
     vocab = arguments.check_pair(student, teacher, vocab_size)
     leading = student.shape[:-1]

@@ -219,7 +219,9 @@ sys.path.insert(0, {folder!r})
 import torch
 from cases import ONE_OF_EACH, pair
 from oracle import check
+import kdkernels as kd
 from kdkernels import native
+from kdkernels.arguments import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
 torch.set_num_threads(1)
 assert native.available(), native.reason()
 assert native.isa() == {isa!r}, native.isa()
@@ -230,6 +232,14 @@ for divergence in ONE_OF_EACH:
                 student, teacher = pair(kind, 3, vocab, dtype)
                 labels = torch.arange(3) % vocab
                 check(student, teacher, divergence, backend="cpp", labels=labels, ce_weight=0.5, temperature=2.0)
+    for temperature in (LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE):
+        for dtype in (torch.float32, torch.bfloat16):
+            student, teacher = pair("ordinary", 5, 301, dtype)
+            found, expected = (
+                kd.distillation_loss(student, teacher, divergence, backend=b, temperature=temperature, reduction="none")
+                for b in ("cpp", "eager")
+            )
+            assert bool(found.isfinite().all()) and torch.allclose(found, expected, rtol=1e-3, atol=1e-7), divergence
 print("good")
 """
 

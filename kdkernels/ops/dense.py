@@ -16,6 +16,7 @@ from kdkernels import memory
 from kdkernels.ops.library import (
     EVERY_DEVICE,
     LIBRARY,
+    anchors,
     once_differentiable,
     register_row_autograd,
     scale_by_incoming,
@@ -109,6 +110,7 @@ class InPlace(torch.autograd.Function):
     def forward(
         ctx: Any, student: Tensor, fill: Callable[..., None], backend: str, per_row: bool, need_stats: bool
     ) -> tuple[Tensor, Tensor]:
+        ctx.anchors = anchors(student)
         buffer = student.detach()
         loss, _, stats = outputs(student, False, need_stats)
         fill(Side(buffer), loss, buffer, stats if need_stats else None)
@@ -124,4 +126,4 @@ class InPlace(torch.autograd.Function):
         if d_loss is None:
             return (None,) * 5
         gradient = scale_by_incoming([ctx.saved_tensors[0]], d_loss, ctx.backend)
-        return (*once_differentiable([*gradient]), *(None,) * 4)
+        return (*once_differentiable([*gradient], ctx.anchors, d_loss), *(None,) * 4)

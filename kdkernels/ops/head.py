@@ -17,7 +17,7 @@ from torch import Tensor
 from kdkernels import memory
 from kdkernels.chunking import spans
 from kdkernels.ops import gemm
-from kdkernels.ops.library import LIBRARY, once_differentiable, scale_by_incoming, summed
+from kdkernels.ops.library import LIBRARY, anchors, once_differentiable, scale_by_incoming, summed
 from kdkernels.ops.rows import STATS, RowSpec, Side, accumulation_dtype, divergence_rows_
 from kdkernels.ops.sparse import SparseRows, sparse_rows_
 from kdkernels.weights import RowWeights
@@ -236,7 +236,7 @@ def register(name: str, inputs: int, w_kd: int) -> None:
         elif d_loss is not None:
             scaled = iter(scale_by_incoming(list(ctx.saved_tensors), d_loss, ctx.backend))
             gradients = [next(scaled) if wanted else None for wanted in ctx.wanted]
-        return (*once_differentiable(gradients), *[None] * (inputs - 3))
+        return (*once_differentiable(gradients, ctx.anchors, d_loss), *[None] * (inputs - 3))
 
     torch.library.register_fake(f"kdkernels::{name}", _fake, lib=LIBRARY)
     torch.library.register_autograd(f"kdkernels::{name}", backward, setup_context=_setup, lib=LIBRARY)
@@ -257,7 +257,7 @@ def _fake(student: Tensor, student_weight: Tensor | None, *args: Any) -> tuple[T
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.per_row = inputs[-5]
+    ctx.per_row, ctx.anchors = inputs[-5], anchors(*inputs[:3])
     if ctx.per_row:
         # a teacher's inference tensors cannot be saved for backward, nor change before it
         ctx.tensors = [i for i, x in enumerate(inputs) if isinstance(x, Tensor) and not x.is_inference()]

@@ -12,11 +12,17 @@ EVERY_DEVICE = "CompositeExplicitAutograd"
 
 
 class _OnceDifferentiable(torch.autograd.Function):
-    """Identity whose own backward is the error message of a second differentiation."""
+    """Identity on the first ``count`` tensors; its own backward is the error message of a second differentiation."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx: Any, *gradients: Tensor | None) -> Any:
-        return gradients[0] if len(gradients) == 1 else gradients
+    def forward(count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
@@ -26,15 +32,33 @@ class _OnceDifferentiable(torch.autograd.Function):
         )
 
 
-def once_differentiable(gradients: list[Tensor | None]) -> list[Tensor | None]:
-    """The gradients, such that differentiating them raises a clear error; free unless ``create_graph=True``."""
+def anchors(*inputs: Tensor | None) -> list[Tensor]:
+    """Scalars that depend on each input for autograd, and hold none of their memory: for `once_differentiable`."""
+    if torch.compiler.is_compiling():
+        return []
+    plain = (torch.Tensor, torch.nn.Parameter)
+    # an operator's setup runs where torch has switched the recording of autograd off
+    recording = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
+    with recording, torch.enable_grad():
+        return [x[:0].sum() for x in inputs if x is not None and x.requires_grad and type(x) in plain]
+
+
+def once_differentiable(
+    gradients: list[Tensor | None], anchored: list[Tensor], incoming: Tensor | None
+) -> list[Tensor | None]:
+    """The gradients, such that differentiating them raises a clear error; free unless ``create_graph=True``.
+
+    Args:
+        gradients: what the backward returns.
+        anchored: `anchors` of the inputs that they are functions of.
+        incoming: the gradient that they are scaled by.
+    """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return gradients
     present = [g for g in gradients if g is not None]
-    if not present or any(type(g) is not Tensor for g in present):
+    if not present or incoming is None or any(type(g) is not Tensor for g in present):
         return gradients
-    anchor = present[0].new_zeros((), requires_grad=True)  # makes the identity part of the graph
-    guarded = iter(_OnceDifferentiable.apply(*present, anchor))  # type: ignore[no-untyped-call]
+    guarded = iter(_OnceDifferentiable.apply(len(present), *present, *anchored, incoming))  # type: ignore[no-untyped-call]
     return [None if g is None else next(guarded) for g in gradients]
 
 
@@ -50,14 +74,14 @@ def register_row_autograd(name: str, count: int, backend: int) -> None:
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[1:])
-        ctx.backend = inputs[backend]
+        ctx.backend, ctx.anchors = inputs[backend], anchors(inputs[0])
         ctx.save_for_backward(output[1])
 
     def backward(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if d_loss is None:
             return (None,) * count
         gradient = scale_by_incoming([ctx.saved_tensors[0]], d_loss, ctx.backend)
-        return (*once_differentiable([*gradient]), *(None,) * (count - 1))
+        return (*once_differentiable([*gradient], ctx.anchors, d_loss), *(None,) * (count - 1))
 
     torch.library.register_autograd(name, backward, setup_context=setup, lib=LIBRARY)
 
@@ -79,8 +103,7 @@ def scale_by_incoming(buffers: list[Tensor], incoming: Tensor, backend: str) -> 
     the usual gradient of one: on a CPU looking costs no synchronisation, Triton's kernel looks on the device. A
     retained graph's are copied.
     """
-    traced = any(type(b) is not Tensor for b in (*buffers, incoming))
-    if traced:
+    if any(type(b) is not Tensor or _in_transform(b) for b in (*buffers, incoming)):
         return [_scaled(b, _like_rows(incoming, b)) for b in buffers]
     if _graph_is_retained():
         buffers = [b.clone() for b in buffers]
@@ -95,6 +118,12 @@ def scale_by_incoming(buffers: list[Tensor], incoming: Tensor, backend: str) -> 
         for b in buffers:
             _scale_(b, _like_rows(incoming, b))
     return buffers
+
+
+def _in_transform(x: Tensor) -> bool:
+    """Whether `torch.func` or ``is_grads_batched`` has wrapped a tensor: no looking at it, no writing in place."""
+    functorch = torch._C._functorch
+    return bool(functorch.is_functorch_wrapped_tensor(x) or functorch.is_legacy_batchedtensor(x))
 
 
 def _scaled_by_triton(buffers: list[Tensor], incoming: Tensor) -> list[Tensor]:
