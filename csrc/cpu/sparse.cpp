@@ -45,27 +45,24 @@ static Row sparse_row_at(const SparseTask& s, int64_t r, int64_t end) {
 
 // Ids and log-probabilities of a row. False: not ascending, out of range, none, or no distribution.
 static bool take_kept(SparseTask& s, int64_t r) {
-  const int64_t room_for = s.args->kept;
-  const int32_t* ids = s.args->ids + r * room_for;
-  const float* lp = (const float*)s.args->log_probs + r * room_for;
-  int n = 0;
-  for (int32_t last = -1; n < room_for && ids[n] >= 0; last = ids[n++]) {
-    if (ids[n] <= last || ids[n] >= s.task.args->vocab) return false;
-  }
-  for (int64_t k = n; k < room_for; ++k) {
-    if (ids[k] != -1) return false;
-  }
-  float top = -INFINITY;
-  bool finite = true;
-  for (int k = 0; k < n; ++k) {
+  const int64_t most = s.args->kept;
+  const int32_t* ids = s.args->ids + r * most;
+  const float* lp = (const float*)s.args->log_probs + r * most;
+  int held = 0, wrong = ids[0] < 0;
+  for (int64_t k = 0; k < most; ++k) held += ids[k] >= 0;
+  for (int64_t k = 1; k < held; ++k) wrong |= ids[k] <= ids[k - 1];
+  for (int64_t k = held; k < most; ++k) wrong |= ids[k] != -1;
+  if (wrong || ids[held - 1] >= s.task.args->vocab) return false;
+  int broken = 0, mass = 0;
+  for (int k = 0; k < held; ++k) {
     s.kept.lp[k] = lp[k];
-    finite = finite && lp[k] < INFINITY;
-    top = lp[k] > top ? lp[k] : top;
+    broken |= !(lp[k] < INFINITY);
+    mass |= lp[k] > -INFINITY;
   }
   const float log_tail = ((const float*)s.args->log_tail)[r];
   s.kept.ids = ids;
-  s.kept.n = n;
-  return finite && top > -INFINITY && log_tail < INFINITY;
+  s.kept.n = held;
+  return !broken && mass && log_tail < INFINITY;
 }
 
 // The student's row: its kept logits, its tail, their sum. False: no distribution.
@@ -75,7 +72,14 @@ static bool normalise_sparse(const SparseTask& s, Row& row, Parts* parts) {
   gather(task.student, row.student, kept.ids, kept.n, kept.z);
   parts->kept = norm_of_kept(kept.z, kept.n, task.per_t);
   if (!(parts->kept.sum >= 0)) return false;
-  if (s.args->mode == KD_RENORMALIZE && parts->kept.sum == 0) return false;
+  if (s.args->mode == KD_RENORMALIZE) {
+    if (parts->kept.sum == 0) return false;
+    if (!task.args->stats && row.label < 0 && finite_row(task, row)) {
+      parts->log_tail = -INFINITY;
+      row.s = parts->kept;
+      return true;
+    }
+  }
   if (!sum_tail(task, row, kept, &parts->tail) && !careful_tail(task, row, kept, &parts->tail)) return false;
   row.s = together(parts->kept, parts->tail, task.per_t);
   if (!usable(row.s)) return false;

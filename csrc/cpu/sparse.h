@@ -76,11 +76,26 @@ KD_NOINLINE void scale_block(const void* student, void* gradient, int n, float r
   }
 }
 
+// Whether n elements (a multiple of kStep) are all finite.
+template <class X>
+KD_NOINLINE bool finite_block(const void* student, int n, const char* ahead) {
+  const typename X::stored* s = (const typename X::stored*)student;
+  vf none = vf::all(0);
+  for (int i = 0; i < n; i += kStep) {
+    vf z[2];
+    X::load2(s + i, z);
+    __builtin_prefetch(ahead + i * sizeof(*s) / 2, 0, 2);
+    for (int h = 0; h < 2; ++h) none = none + (z[h] - z[h]);
+  }
+  return sum(none.v) == 0;
+}
+
 struct TailSweeps {
   bool (*fast[2])(const void*, const float*, int, float, TailSums&,
                   const char*);  // by whether entropies are wanted
   bool (*exact)(const void*, const float*, int, float, TailSums&, const char*);
   void (*scale)(const void*, void*, int, float, float, float, const char*);
+  bool (*finite)(const void*, int, const char*);
   int (*slot)(int);
 };
 
@@ -89,6 +104,7 @@ constexpr TailSweeps tail_sweeps_of() {
   return {{tail_block<X, false, false>, tail_block<X, true, false>},
           tail_block<X, true, true>,
           scale_block<X>,
+          finite_block<X>,
           X::slot};
 }
 
@@ -174,7 +190,22 @@ inline bool sum_tail(const Task& task, const Row& row, const Kept& kept, Norm* t
   return kept.n == vocab || usable(*tail);
 }
 
-// The same for any tail, as careful_norm; a sum of 0 where nothing of it has mass. False: NaN or +inf.
+// All that a row's tail is asked where nothing of it is compared. False says nothing: there may be masked
+// entries.
+inline bool finite_row(const Task& task, const Row& row) {
+  const int64_t vocab = task.args->vocab, size = size_of(task.args->dtype);
+  for (int64_t first = 0; first < vocab; first += kBlock) {
+    const int n = (int)(vocab - first < kBlock ? vocab - first : kBlock);
+    const bool staged = row.staged || n < kBlock;
+    if (staged) stage(task.student, row.student, first, n, task.zs);
+    const TailSweeps& sweeps = tail_sweeps_for(staged ? KD_F32 : task.args->dtype);
+    const void* from = staged ? (const void*)task.zs : row.student + first * size;
+    if (!sweeps.finite(from, whole_steps(n), ahead_in(task, row, first, kFirst))) return false;
+  }
+  return true;
+}
+
+// sum_tail for any tail, as careful_norm; a sum of 0 where nothing of it has mass. False: NaN or +inf.
 inline bool careful_tail(const Task& task, const Row& row, const Kept& kept, Norm* tail) {
   const int64_t vocab = task.args->vocab;
   Norm s = {0, 0, -INFINITY};

@@ -33,15 +33,15 @@ inline void log_probabilities(const float* z, int n, Normaliser to, float per_t,
   for (int k = 0; k < n; k += kWidth) fma(vf::load(z + k) - reference, inverse, log).store(lq + k);
 }
 
-// Sums of e^x and e^x (z - max), x = (z - max) / T; writes to the last step's rest.
+// Sums of e^x and e^x (z - max), x = (z - max) / T; NaN where there is NaN or +inf. Writes to the last step's
+// rest.
 inline Norm norm_of_kept(float* z, int n, float per_t) {
-  Norm s = {0, 0, -INFINITY};
   for (int k = n; k < whole_steps(n); ++k) z[k] = z[n - 1];
-  for (int k = 0; k < n; ++k) {
-    if (!(z[k] < INFINITY)) return {NAN, NAN, NAN};  // NaN or +inf
-    s.reference = z[k] > s.reference ? z[k] : s.reference;
+  Norm s = {0, 0, extremes_of<f32>(z, whole_steps(n)).max};
+  if (s.reference == -INFINITY) {
+    for (int k = 0; k < n; ++k) s.sum += z[k] != z[k] ? NAN : 0;
+    return s;
   }
-  if (s.reference == -INFINITY) return s;
   for (int k = 0; k < n; k += kBlock) add_block(z + k, n - k < kBlock ? n - k : kBlock, per_t, s);
   return s;
 }
@@ -72,39 +72,63 @@ struct ModeSums {
   double d, grad, p, q, entropy;
 };
 
+// The cross-entropy's term and grad for kElementSums' place.
+KD_NOINLINE inline void cross_entropy(const Sides& x, int n, float* kept, Lanes& to) {
+  const vf zero = vf::all(0);
+  Running<kLongLanes, vf> term, grad;
+  for_vectors(n, [&](int i, auto lanes) {
+    const vf g = -vf::load(x.p + i);
+    term.add(select(lanes, g * vf::load(x.lq + i), zero));
+    grad.add(select(lanes, g, zero));
+    g.store(kept + i);
+  });
+  add_lanes(to.term, term.total);
+  add_lanes(to.grad, grad.total);
+}
+
+// Adds what a block of compared entries is besides its divergence.
+KD_NOINLINE inline void add_masses(const Sides& x, int n, ModeSums& to) {
+  const vf zero = vf::all(0);
+  Running<kLongLanes, vf> p, q, surprise;
+  for_vectors(n, [&](int i, auto lanes) {
+    const vf one = vf::load(x.p + i);
+    p.add(select(lanes, one, zero));
+    q.add(select(lanes, vf::load(x.q + i), zero));
+    surprise.add(select(lanes, -one * vf::load(x.lp + i), zero));
+  });
+  to.p += sum(p.total.v);
+  to.q += sum(q.total.v);
+  to.entropy += sum(surprise.total.v);
+}
+
 // Sums over m compared entries; grad is kept.
-KD_NOINLINE inline ModeSums sums_of_mode(const SparseTask& s, int m) {
+inline ModeSums sums_of_mode(const SparseTask& s, int m) {
   ModeSums u = {0, 0, 0, 0, 0};
   Lanes lanes;
   memset(&lanes, 0, sizeof lanes);
   Sides& x = *s.task.sides;
-  const bool sampled = s.args->mode == KD_SAMPLED;
   for (int at = 0; at < m; at += kBlock) {
     const int n = m - at < kBlock ? m - at : kBlock;
     kept_sides(s.kept, at, n, x);
-    if (!sampled) kElementSums[s.task.args->kernel](x, n, s.task.given, s.kept.grad + at, lanes);
-    for (int k = 0; k < n; ++k) {
-      u.p += x.p[k];
-      u.q += x.q[k];
-      u.entropy -= (double)x.p[k] * x.lp[k];
-      if (!sampled) continue;
-      u.d -= (double)x.p[k] * x.lq[k];
-      s.kept.grad[at + k] = -x.p[k];
+    add_masses(x, n, u);
+    if (s.args->mode == KD_SAMPLED) {
+      cross_entropy(x, n, s.kept.grad + at, lanes);
+    } else {
+      kElementSums[s.task.args->kernel](x, n, s.task.given, s.kept.grad + at, lanes);
     }
   }
-  if (sampled) return {u.d, -u.p, u.p, u.q, u.entropy};
   u.d = total(lanes.term);
   u.grad = total(lanes.grad);
   return u;
 }
 
 // grad becomes the gradient by the scaled logits: grad - excess q - q total.
-inline void chain_kept(const SparseTask& s, int m, double excess, double total) {
-  const float factor = (float)(excess + total);
-  for (int at = 0; at < m; at += kBlock) {
-    const int n = m - at < kBlock ? m - at : kBlock;
-    kept_sides(s.kept, at, n, *s.task.sides);
-    for (int k = 0; k < n; ++k) s.kept.grad[at + k] -= s.task.sides->q[k] * factor;
+KD_NOINLINE inline void chain_kept(const Kept& kept, int m, double excess, double total) {
+  const vf factor = vf::all((float)(excess + total)), masked = vf::all(kMasked),
+           hopeless = vf::all(kHopeless);
+  for (int k = 0; k < m; k += kWidth) {
+    const vf lq = vf::load(kept.lq + k), q = kd_exp(select(lt(lq, hopeless), masked, lq));
+    (vf::load(kept.grad + k) - q * factor).store(kept.grad + k);
   }
 }
 
@@ -132,7 +156,7 @@ inline Comparison compare(const SparseTask& s, const Row& row, const Parts& part
   const ModeSums u = sums_of_mode(s, m);
   const double excess = mode == KD_TRUNCATE ? s.args->excess : 0.0;
   const double total = u.grad - excess * u.q;
-  chain_kept(s, m, excess, total);
+  chain_kept(kept, m, excess, total);
   Comparison c = {u.d - excess * (u.q - u.p), u.entropy, 0};
   if (ghost) c.rest = kept.grad[n];
   if (mode == KD_TRUNCATE || mode == KD_SAMPLED) c.rest = -exp(parts.log_tail) * total;
