@@ -33,13 +33,15 @@ STAGE = 2 * CHUNK + 8
 """Bytes of a stage: a chunk of both sides and its mbarrier."""
 SHARED = 227 * 1024
 """Bytes of shared memory that a block may have (compute capability 9.0 and 10.0)."""
-RECORDS = 2 * 6 * 4 * WARPS
-"""Bytes of each block of the cluster for what its warps tell the others: two records of six numbers a warp."""
+RECORDS = 2 * 5 * 4 * WARPS
+"""Bytes of each block of the cluster for what its warps tell the others: two records of five numbers a warp."""
 CLUSTERS = (1, 2, 4, 8)
 """Blocks of a cluster; 8 is the largest that every GPU must support."""
 SLACK = 2
 """Stages of a warp beyond a row's, if there is a choice: with 64 KB a block on their way while blocks meet (about a
 microsecond), the memory of an H100 stays busy (25 KB a microsecond and multiprocessor)."""
+KEPT = 0.8
+"""Share of the running rows that a cache may hold at the most for the kernels to be preferred."""
 
 
 class Plan(NamedTuple):
@@ -101,10 +103,11 @@ class Launch(NamedTuple):
 
 def start(launch: Launch) -> None:
     """Launch the kernel on the student's GPU and current stream; tests put an emulator in its place."""
-    native.kl_onchip_(
-        launch.student, launch.teacher, launch.w_kd, launch.kernel == "reverse_kl", launch.temperature, launch.vocab,
-        launch.plan.cluster, launch.plan.stages, launch.loss, launch.dlogits,
-    )  # fmt: skip
+    with torch.cuda.device(launch.student.device):
+        native.kl_onchip_(
+            launch.student, launch.teacher, launch.w_kd, launch.kernel == "reverse_kl", launch.temperature,
+            launch.vocab, launch.plan.cluster, launch.plan.stages, launch.loss, launch.dlogits,
+        )  # fmt: skip
 
 
 def obstacle(device: torch.device, dtype: torch.dtype, kernel: str) -> str:
@@ -130,13 +133,14 @@ def machine(device: torch.device) -> tuple[int, int]:
 
 
 def gains(student: Tensor, vocab: int) -> bool:
-    """Whether the Triton kernels, which sweep a row twice, would read it from memory twice.
+    """Whether the Triton kernels, which sweep a row twice, would read a fifth of it or more from memory twice.
 
-    They do what the model of docs/gpu.md says as long as the rows that run at a time, one or two a multiprocessor, fit
-    the second-level cache; then both kernels have the same bound, and Triton's has seen more.
+    They do so unless the second-level cache keeps the rows that run at a time, one a multiprocessor when rows are that
+    long. Where it does, both kernels have the same bound (benchmarks/onchip.py, docs/gpu.md), and clusters of 8 blocks
+    may leave some multiprocessors idle.
     """
     multiprocessors, cache = machine(student.device)
-    return 2 * vocab * student.element_size() * min(multiprocessors, student.shape[0]) > cache
+    return 2 * vocab * student.element_size() * min(multiprocessors, student.shape[0]) * KEPT > cache
 
 
 def unsuited(student: Side, teacher: Side, weights: RowWeights, dlogits: Tensor | None, stats: Tensor | None) -> str:

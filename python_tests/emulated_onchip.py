@@ -20,7 +20,7 @@ TARGETS = (90, 100)
 @functools.cache
 def kernel_text(target: int) -> str:
     """PTX of all kernels."""
-    return compile_cuda(SOURCE, target)
+    return compile_cuda(SOURCE, target, (f"-I{SOURCE.parents[1]}",))
 
 
 @functools.lru_cache(maxsize=64)

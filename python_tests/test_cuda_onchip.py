@@ -55,14 +55,13 @@ def check(emulator: OnChip, student: Tensor, teacher: Tensor, divergence: str, *
 @pytest.mark.thin(3)
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
 @pytest.mark.parametrize("divergence", DIRECTIONS)
-@pytest.mark.parametrize("cluster", [1, 2])
 def test_inputs_that_a_loss_must_survive(
-    cluster: int, divergence: str, dtype: torch.dtype, served: Serve, monkeypatch: pytest.MonkeyPatch
+    divergence: str, dtype: torch.dtype, served: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     emulator = served()
-    with_clusters(monkeypatch, cluster)
+    with_clusters(monkeypatch, 2)
     for kind in cases.KINDS:
-        student, teacher = (padded(x) for x in cases.pair(kind, 3, 301, dtype))
+        student, teacher = (padded(x) for x in cases.pair(kind, 2, 301, dtype))
         check(emulator, student, teacher, divergence, vocab_size=301, temperature=0.7)
 
 
@@ -82,7 +81,8 @@ def test_inputs_at_every_temperature(
             check(emulator, student, teacher, divergence, vocab_size=vocab, temperature=temperature)
 
 
-@pytest.mark.parametrize("vocab", [1, 2, 7, 8, 9, 1023, 1024, 1025, 8191, 8192, 8193])
+@pytest.mark.thin(4)
+@pytest.mark.parametrize("vocab", [1, 2, 7, 8, 9, 1023, 1025, 8192, 8193])
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
 def test_tails_and_rows_that_do_not_count(
     dtype: torch.dtype, vocab: int, served: Serve, monkeypatch: pytest.MonkeyPatch
@@ -93,9 +93,8 @@ def test_tails_and_rows_that_do_not_count(
     weights = torch.tensor([1.0, 0.5, 2.0, 0.0, 1.0, 0.0])
     for cluster, spare, divergence in ((1, 3, "forward_kl"), (2, 0, "reverse_kl"), (8, 1, "forward_kl")):
         with_clusters(monkeypatch, cluster, spare)
-        check(emulator, student, teacher, divergence, vocab_size=vocab, token_weights=weights)
-        check(emulator, student, teacher, divergence, vocab_size=vocab, token_weights=weights, inplace=True,
-              temperature=2.0, temperature_scaling="t2")  # fmt: skip
+        check(emulator, student, teacher, divergence, vocab_size=vocab, token_weights=weights, inplace=spare == 0,
+              temperature=1.0 + spare, temperature_scaling="t2")  # fmt: skip
 
 
 def test_rows_with_gaps_between_them(served: Serve) -> None:
@@ -180,13 +179,11 @@ def test_rows_beyond_2_to_the_31_elements(served: Serve) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "vocab"), [(torch.bfloat16, 151936), (torch.float32, 128256)], ids=ids)
-def test_large_vocabularies(dtype: torch.dtype, vocab: int, served: Serve) -> None:
-    for target in TARGETS:
-        emulator = served(target)
-        student, teacher = cases.pair("ordinary", 3, vocab, dtype)
-        for divergence in DIRECTIONS:
-            check(emulator, student, teacher, divergence)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.soak)], ids=ids)
+@pytest.mark.parametrize("divergence", ["forward_kl", pytest.param("reverse_kl", marks=pytest.mark.soak)])
+@pytest.mark.parametrize("target", TARGETS)
+def test_large_vocabularies(target: int, divergence: str, dtype: torch.dtype, served: Serve) -> None:
+    check(served(target), *cases.pair("ordinary", 2, 151936, dtype), divergence)
 
 
 @pytest.mark.gpu

@@ -22,11 +22,16 @@ enum Direction { kForward, kReverse };
 constexpr uint32_t kSide = 2048;           // bytes of a side in a chunk
 constexpr int kEach = kSide / 16 / kWarp;  // vectors of a lane
 constexpr int kMostWarps = 8;              // of a block
-constexpr int kRecord = 6;                 // numbers that a warp tells the others
+constexpr int kRecord = 5;                 // numbers that a warp tells the others
 constexpr float kFill = -1e30f;  // stands where there is no entry: no mass, and the same on both sides
 constexpr float kMasked = -1e4f, kHopeless = -1e20f;
 constexpr float kSmall = 1e-3f;
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+// Dynamic shared memory of a block: stages and their mbarriers, and two records of every warp of the cluster.
+__host__ __device__ inline unsigned shared_bytes(int cluster, int stages) {
+  return kMostWarps * (stages * (2 * kSide + 8) + cluster * 2 * kRecord * sizeof(float));
+}
 
 // Strides in entries. `stages`: of a warp's ring, at least the chunks that one row gives a warp.
 struct OnchipArguments {
@@ -73,7 +78,7 @@ struct Exchange {
     turn ^= 1;
     const int which = p.lane / 8;
     const uint32_t peer = p.lane % 8;
-    if (peer < p.blocks) {
+    if (peer < p.blocks && which < 3) {
       store_remote(shared_address(record + (2 + which) * p.numbers + p.number), peer, folded);
       if (which < 2) store_remote(shared_address(record + which * p.numbers + p.number), peer, which ? y : x);
     }
@@ -151,7 +156,7 @@ struct Ring {
   }
 
   // Calls f(logits of the student, of the teacher, number of the vector) for this lane's vectors of a stage.
-  template <class F>
+  template <int kUnroll, class F>
   __device__ __forceinline__ void vectors(const Place& p, int at, int j, F&& f) const {
     constexpr int kSize = Vector<T>::kSize;
     const uint4* side = memory + at * (2 * kSide / 16) + p.lane;
@@ -162,7 +167,7 @@ struct Ring {
       f(zs, zt, first + u * kWarp);
     };
     if (first - p.lane + kEach * kWarp <= p.vectors) {
-#pragma unroll
+#pragma unroll kUnroll
       for (int u = 0; u < kEach; ++u) one(u);
     } else {
 #pragma unroll 1
@@ -183,7 +188,7 @@ struct Ring {
     Ring at = *this;
     for (int j = 0; j < p.chunks; ++j) {
       at.wait();
-      at.vectors(p, at.stage, j, f);
+      at.template vectors<kEach>(p, at.stage, j, f);
       at.step();
     }
   }
@@ -193,16 +198,16 @@ struct Ring {
   __device__ __forceinline__ void again(const Place& p, F&& f) const {
     int at = stage;
     for (int j = 0; j < p.chunks; ++j) {
-      vectors(p, at, j, f);
+      vectors<1>(p, at, j, f);
       at = at + 1 == stages ? 0 : at + 1;
     }
   }
 
   // As `again`, for the last time: each stage is filled anew. The ring then stands at the next row.
-  template <class F>
+  template <int kUnroll, class F>
   __device__ __forceinline__ void leaving(const Place& p, const OnchipArguments& a, F&& f) {
     for (int j = 0; j < p.chunks; ++j) {
-      vectors(p, stage, j, f);
+      vectors<kUnroll>(p, stage, j, f);
       __syncwarp();
       load(p, a);
       step();

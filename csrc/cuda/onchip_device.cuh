@@ -60,7 +60,9 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   return x;
 }
 
+// All threads of the cluster, and what they stored before.
 __device__ __forceinline__ void cluster_sync() {
+  __syncwarp();  // `aligned` needs a warp whose threads are together
   asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 

@@ -93,7 +93,8 @@ struct Row {
       for (int i = 0; i < kSize; ++i) gather(x, zs[i], zt[i], r_s, r_t);
     });
     if (has_tail()) gather(x, tail_s, tail_t, r_s, r_t);
-    return merged(exchange.tell(p, fold(x.s, x.t, x.cross, x.spread, p.lane), x.top_s, x.top_t));
+    if (!(x.spread < INFINITY)) x.s = NAN;
+    return merged(exchange.tell(p, fold(x.s, x.t, x.cross, 0, p.lane), x.top_s, x.top_t));
   }
 
   // The sums of all warps, brought to one reference.
@@ -109,7 +110,7 @@ struct Row {
       const float part_s = record[2 * n + i], part_t = record[3 * n + i];
       s = fmaf(part_s, es, s), t = fmaf(part_t, et, t);
       cross += (D == kForward ? et : es) * fmaf(D == kForward ? part_t : part_s, gap, record[4 * n + i]);
-      spread += fmaf(gap, gap, record[5 * n + i]);
+      spread = fmaf(gap, gap, spread);
     }
     const float folded = fold(s, t, cross, spread, p.lane);
     return {top_s,
@@ -163,10 +164,10 @@ struct Row {
   }
 
   // Writes f(z of the student, z of the teacher) as the gradient and frees the row's stages.
-  template <class F>
+  template <int kUnroll, class F>
   __device__ __forceinline__ void finish(F&& f) {
     T* to = a.dlogits ? static_cast<T*>(a.dlogits) + r * a.dlogits_stride : nullptr;
-    ring.leaving(p, a, [&](const float* zs, const float* zt, int v) {
+    ring.template leaving<kUnroll>(p, a, [&](const float* zs, const float* zt, int v) {
       if (!to) return;
       float g[kSize];
 #pragma unroll
@@ -182,16 +183,13 @@ struct Row {
 
   __device__ __forceinline__ void careful() {
     const Sums x = careful_sums();
-    if (!(x.s > 0 && x.s < INFINITY && x.t > 0 && x.t < INFINITY)) {
-      store_loss(NAN);
-      finish([](float, float) { return NAN; });
-      return;
-    }
-    const Norm s = Norm::of(x.top_s, logf(x.s), a.per_t), t = Norm::of(x.top_t, logf(x.t), a.per_t);
+    const bool fine = x.s > 0 && x.s < INFINITY && x.t > 0 && x.t < INFINITY;  // else all of it becomes NaN
+    const Norm s = Norm::of(x.top_s, fine ? logf(x.s) : NAN, a.per_t);
+    const Norm t = Norm::of(x.top_t, fine ? logf(x.t) : NAN, a.per_t);
     const float2 stats = careful_stats(s, t);
     store_loss(kd * stats.x);
     const float k = kd * a.per_t, w = -stats.y * k;
-    finish([&](float zs, float zt) {
+    finish<1>([&](float zs, float zt) {
       const float lq = s.log_prob(zs, a.per_t), lp = t.log_prob(zt, a.per_t), q = clamped_exp(lq);
       return fmaf(q, w, (D == kForward ? q - clamped_exp(lp) : q * (lq - lp)) * k);
     });
@@ -224,7 +222,7 @@ struct Row {
     const float k = kd * a.per_t, r_s = x.top_s * a.c, r_t = x.top_t * a.c;
     const float w_s = (D == kForward ? k : k * (log_t - log_s - d)) / x.s;
     const float w_t = D == kForward ? -k / x.t : -k * kLn2 / x.s;
-    finish([&](float zs, float zt) {
+    finish<kEach>([&](float zs, float zt) {
       const float xs = fmaf(zs, a.c, -r_s), xt = fmaf(zt, a.c, -r_t), es = exp2_approximate(xs);
       return D == kForward ? fmaf(es, w_s, exp2_approximate(xt) * w_t) : es * fmaf(xt - xs, w_t, w_s);
     });

@@ -1,0 +1,190 @@
+"""Bounds of rows kept on chip beside those of the Triton kernels: `python -m benchmarks.onchip [--write]`.
+
+Forward KL, gradient in place, each kernel counted as `counting` does: compiled for the GPU, its PTX executed on rows of
+the true vocabulary. Not measured times: see `model` for what a bound is and leaves out.
+
+The Triton kernel sweeps a row twice. How much of the second sweep goes to memory is not in its code, so its bound is
+given three times: all of it; what does not fit the second-level cache, if the rows that run at a time share it evenly
+and its replacement is perfect; none of it. On chip there is no second sweep.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import counted, machine, model, results
+from benchmarks.counting import ROWS, SECTOR, Step
+from benchmarks.devices import DEVICES, Device
+from benchmarks.report import table
+from benchmarks.shapes import Case
+from kdkernels import onchip
+from kdkernels.ops.rows import RowSpec, Side, divergence_rows_
+from kdkernels.triton import launch
+from kdkernels.weights import RowWeights
+
+RESULT = machine.ROOT / "benchmarks" / "results" / "model-onchip.json"
+VOCABULARIES = (32000, 49152, 128256, 151936, 262144)
+DEVICE_NAMES = ("h100", "h200", "b200")
+"""An A100 has no clusters. One block alone keeps rows of up to 40 thousand bf16 entries there, whose second sweep is
+served by its cache anyway."""
+TOKENS = 512
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One case on one GPU; seconds for all its pairs.
+
+    Attributes:
+        triton, chip: counts per pair.
+        cluster: blocks that keep a row.
+        kept: share of the second sweep's loads that the second-level cache can serve.
+        uncached, shared, cached: bound of the Triton kernel, in the order of the module's text.
+        on_chip: bound of the on-chip kernel.
+    """
+
+    device: str
+    case: Case
+    triton: Step
+    chip: Step
+    cluster: int
+    kept: float
+    uncached: float
+    shared: float
+    cached: float
+    on_chip: float
+
+    @property
+    def gain(self) -> float:
+        """How many times the Triton kernel's bound is the on-chip kernel's, second-level cache shared evenly."""
+        return self.shared / self.on_chip
+
+
+def count_triton(case: Case, target: int) -> Step:
+    """The Triton kernel's share of a loss."""
+    ours = next(c for c in counted.CONTESTANTS if c.name == "ours")
+    return next(step for step in counted.steps(ours, case, target) if step.name == "dense_kernel")
+
+
+def count_on_chip(case: Case, target: int) -> Step:
+    """The same rows by the on-chip kernel, on one cluster."""
+    tests = str(machine.ROOT / "python_tests")
+    if tests not in sys.path:
+        sys.path.append(tests)
+    serve: Callable[..., Any] = importlib.import_module("emulated_onchip").serve
+    settings = importlib.import_module("ptx").Settings(check_races=False)
+    draw, dtype = torch.Generator().manual_seed(0), _DTYPES[case.dtype]
+    student, teacher = ((3 * torch.randn(ROWS, case.V, generator=draw)).to(dtype) for _ in range(2))
+    with pytest.MonkeyPatch.context() as patch:
+        emulator = serve(patch, target, settings)
+        emulator.clusters = 1
+        weights, spec = RowWeights(torch.ones(ROWS), None, None), RowSpec(case.divergence, 0.0, 0.0, 1.0, case.V)
+        divergence_rows_("cuda", Side(student), Side(teacher), weights, spec, torch.empty(ROWS), student, None)
+    (found,) = emulator.reports
+    sectors = (found.load_sectors, found.store_sectors, found.load_sectors)
+    counts = (*sectors, found.thread_instructions, found.warp_instructions, found.special)
+    return Step("on chip", "compiled", 1, *(count / (ROWS * case.V) for count in counts))
+
+
+def kept_share(case: Case, device: Device) -> float:
+    """Of a second sweep over all rows that run at a time: what the second-level cache can hold of them."""
+    warps = launch.shape(case.V, case.itemsize, online=True, stats=False, major=device.major).warps
+    rows = device.multiprocessors * max(1, 32 // warps)
+    return min(1.0, device.l2_bytes / (rows * 2 * case.V * case.itemsize))
+
+
+def compare(case: Case, name: str, triton: Step, chip: Step) -> Comparison:
+    """The bounds of one case on one GPU, from counts."""
+    device, pairs = DEVICES[name], case.N * case.V
+    plan = onchip.plan(case.V * case.itemsize)
+    assert plan is not None
+    kept = kept_share(case, device)
+    needs = model.seconds(triton, device, pairs)
+    least = model.seconds(triton, device, pairs, cached=True)
+    memory = {"uncached": needs["memory"], "cached": least["memory"]}
+    memory["shared"] = kept * memory["cached"] + (1 - kept) * memory["uncached"]
+    work = max(needs["issue"], needs["special"])
+    used = device.multiprocessors // plan.cluster * plan.cluster / device.multiprocessors
+    here = model.seconds(chip, device, pairs)
+    on_chip = max(here["memory"], here["issue"] / used, here["special"] / used)
+    bounds = {which: max(seconds, work) for which, seconds in memory.items()}
+    return Comparison(name, case, triton, chip, plan.cluster, kept, on_chip=on_chip, **bounds)
+
+
+def comparisons(vocabularies: tuple[int, ...] = VOCABULARIES) -> Iterator[Comparison]:
+    """Forward KL on every GPU; reverse KL has one special function less and is bound alike."""
+    counts: dict[tuple[Case, int], tuple[Step, Step]] = {}
+    for name in DEVICE_NAMES:
+        target = DEVICES[name].target
+        for dtype in _DTYPES:
+            for vocab in vocabularies:
+                case = Case("dense", "forward_kl", dtype, TOKENS, vocab)
+                if onchip.plan(vocab * case.itemsize) is None:
+                    continue
+                if (case, target) not in counts:
+                    counts[case, target] = count_triton(case, target), count_on_chip(case, target)
+                yield compare(case, name, *counts[case, target])
+
+
+def entry(found: Comparison) -> dict[str, Any]:
+    """For the JSON: milliseconds for the case's pairs, bytes and instructions a pair."""
+
+    def per_pair(step: Step) -> dict[str, float]:
+        return {
+            "bytes_loaded": round(SECTOR * step.load_sectors, 3),
+            "bytes_stored": round(SECTOR * step.store_sectors, 3),
+            "thread_instructions": round(step.thread_instructions, 2),
+            "warp_instructions_x_32": round(32 * step.warp_instructions, 2),
+            "special": round(step.special, 2),
+        }
+
+    milliseconds = ("uncached", "shared", "cached", "on_chip")
+    return {
+        "device": found.device,
+        "case": found.case.id,
+        "cluster": found.cluster,
+        "kept_in_l2": round(found.kept, 3),
+        "triton": per_pair(found.triton),
+        "chip": per_pair(found.chip),
+        "ms": {which: float(f"{1e3 * getattr(found, which):.4g}") for which in milliseconds},
+        "gain": round(found.gain, 3),
+    }
+
+
+def text(entries: list[dict[str, Any]]) -> str:
+    """The table of docs/gpu.md."""
+    head = ["", "blocks a row", "bytes loaded a pair", "instr. a pair", "rows kept by L2", "Triton: no cache",
+            "L2 shared", "all cached", "on chip", "L2 shared / on chip"]  # fmt: skip
+    rows = []
+    for one in entries:
+        _, _, dtype, sizes = one["case"].split("-")
+        ms = [f"{one['ms'][which]:.3g}" for which in ("uncached", "shared", "cached", "on_chip")]
+        pair = [f"{one['triton'][key]:.1f} → {one['chip'][key]:.1f}" for key in ("bytes_loaded", "thread_instructions")]
+        name = f"{one['device']} {dtype} {sizes.replace('x', ' x ')}"
+        rows.append([name, str(one["cluster"]), *pair, f"{one['kept_in_l2']:.0%}", *ms, f"{one['gain']:.2f}"])
+    return table(head, rows)
+
+
+def main() -> None:
+    """Prints the table; --write also writes the JSON."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.onchip", description=__doc__)
+    parser.add_argument("--write", action="store_true", help=f"write {RESULT.relative_to(machine.ROOT)}")
+    write = parser.parse_args().write
+    entries = [entry(found) for found in comparisons()]
+    if write:
+        what = {"what": model.STATEMENT, "commit": machine.commit(), "entries": entries}
+        Path(RESULT).write_text(results.dump(what))
+    print(text(entries))
+
+
+if __name__ == "__main__":
+    main()
