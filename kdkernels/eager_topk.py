@@ -1,6 +1,6 @@
 """The readable definition of selection and of draws, in plain torch: any device, any dtype.
 
-Low-precision logits are computed in float32. It sorts whole rows, which is what the other backends exist to avoid.
+Masses are summed in float64. It sorts whole rows, which is what the other backends exist to avoid.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def topk_rows_(
     """Fill the results; see `kdkernels.ops.compress.topk_rows_`."""
     z = _logits(side, vocab)
     bad = _bad_rows(z)
-    z = torch.where(bad[:, None], 0.0, z)
+    z = torch.where(bad[:, None], 0.0, z).double()
     values, order = z.sort(dim=-1, descending=True, stable=True)  # of equal logits the lower id first
     shifted = values - values[:, :1]
     x = shifted / temperature

@@ -93,8 +93,8 @@ struct Filter {
   bool nan;
 };
 
-// Takes in one vector some of whose entries equal the threshold, or while no more such entries are wanted.
-// Those beyond the wanted count as entries below.
+// Takes in one vector. In an open run, whose bar is the threshold, entries equal to it beyond those wanted
+// count as entries below; in others they have been summed.
 KD_INLINE void take_ties(vf z, int64_t first, bool open, Filter& f) {
   const vf threshold = vf::all(f.threshold);
   mask keep = lt(threshold, z);
@@ -111,9 +111,8 @@ KD_INLINE void take_ties(vf z, int64_t first, bool open, Filter& f) {
 
 // Takes in the candidates of one quad; of a row with NaN nothing counts.
 template <class X>
-KD_NOINLINE void take(const typename X::stored* p, int64_t first, Filter& f) {
+KD_NOINLINE void take(const typename X::stored* p, int64_t first, bool open, Filter& f) {
   const vf threshold = vf::all(f.threshold);
-  const bool open = f.bar == f.threshold;
   vf z[4];
   mask equal[4], number[4];
   for (int h = 0; h < 4; ++h) {
@@ -159,7 +158,8 @@ KD_NOINLINE void filter_piece(Piece piece, float per_t, Filter& f) {
         if (kWeighted) weighted[h].add(e, floor_at(x, low));
       }
     }
-    for (int j = 0; j < found; ++j) take<X>(p + run + hits[j], piece.first + run + hits[j], f);
+    const bool open = f.bar == f.threshold;
+    for (int j = 0; j < found; ++j) take<X>(p + run + hits[j], piece.first + run + hits[j], open, f);
     f.sum += total_of(sums);
     if (kWeighted) f.weighted += total_of(weighted);
   }

@@ -162,14 +162,14 @@ def part_of(
     """The rows of ``logits`` in the form in which the operators take them."""
     head: tuple[Tensor | None, Tensor | None, float, float]
     if isinstance(logits, LinearLogits):
-        x = logits.hidden.reshape(-1, logits.hidden.shape[-1])
+        x = logits.hidden.reshape(logits.shape[:-1].numel(), logits.hidden.shape[-1])
         weight = logits.weight.detach()
         bias = None if logits.bias is None else logits.bias.detach()
         scale = 1.0 if logits.scale is None else float(logits.scale)
         head = (weight, bias, scale, float(logits.softcap or 0.0))
         rows = chunk_rows(x.shape[0], logits.weight.shape[0] * x.element_size(), chunk_bytes)
     else:
-        x = logits.reshape(-1, logits.shape[-1])
+        x = logits.reshape(logits.shape[:-1].numel(), logits.shape[-1])
         x = x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
         head, rows = (None, None, 1.0, 0.0), max(1, x.shape[0])
     return Part(x, head, logits.shape[:-1], share, temperature, backend, rows)
