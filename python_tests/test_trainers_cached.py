@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import kdkernels as kd
 from kdkernels.errors import UserError
 from kdkernels.trainers import CacheConfig, DistillConfig, build_cache, distill, models
 from kdkernels.trainers.cached import CachedTeacher
+from kdkernels.trainers.ranks import Ranks
 from kdkernels.trainers.setup import build
 
 pytest.importorskip("transformers")
@@ -136,6 +138,57 @@ def test_building_goes_on_where_it_was_stopped(place: Path, tmp_path: Path, whol
     dense = kd.TeacherCache.open(whole)
     for number in resumed:
         torch.testing.assert_close(resumed[number].to_dense(), dense[number].to_dense(), rtol=1e-5, atol=1e-5)
+
+
+def test_ranks_share_the_blocks_and_the_first_merges(
+    place: Path, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three ranks as threads; torchrun's processes are in test_cache_build.py. A part that was left is taken in."""
+    barrier, here = threading.Barrier(3), threading.local()
+
+    class Thread(Ranks):
+        def wait(self) -> None:
+            barrier.wait(60)
+
+    monkeypatch.setattr(Ranks, "of_environment", lambda: here.ranks)
+    dense = kd.TeacherCache.open(whole)
+    out, settings = tmp_path / "cache", dense.settings.to_dict()
+    with kd.TeacherCache.create(out / "parts" / "rank-00004-of-00007", **settings) as part:
+        for number in (1, 50):
+            part.append(number, dense[number])
+    kd.TeacherCache.create(out / "new", **settings).close()
+    (out / "new" / "manifest.json").rename(out / "manifest.json")
+    computed: list[int] = []
+    append = kd.TeacherCache.append
+    monkeypatch.setattr(kd.TeacherCache, "append", lambda *given: computed.append(given[1]) or append(*given))
+    failures: list[BaseException] = []
+    where = str(place / "teacher")  # loading is not for several threads at once
+    loaded = [
+        (models.load_model("teacher", where, torch.float32), models.load_tokenizer("teacher", where)) for _ in range(3)
+    ]
+
+    def run(rank: int) -> None:
+        here.ranks = Thread(rank, 3)
+        given = dict(zip(("teacher", "tokenizer"), loaded[rank], strict=True))
+        try:
+            build_cache(cache_config(place, out, resume=True), **given, progress=False)
+        except BaseException as error:
+            failures.append(error)
+            barrier.abort()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    cache = kd.TeacherCache.open(out)
+    assert sorted(computed) == [number for number in range(len(dense)) if number not in (1, 50)]
+    assert not (out / "parts").exists()
+    assert len(cache.reader.manifest.shards) == 4
+    assert cache.verify() == []
+    for number in range(len(dense)):
+        torch.testing.assert_close(cache[number].to_dense(), dense[number].to_dense(), rtol=1e-5, atol=1e-5)
 
 
 def test_resuming_with_other_text_or_options_is_an_error(place: Path, tmp_path: Path, whole: Path) -> None:
