@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -174,7 +175,20 @@ def markdown(found: dict[str, Any]) -> str:
         parts += ["**Memory**, peak beyond the inputs, outputs included, default allocator.", memory_table(found)]
     if "errors" in found:
         parts += [f"**Error** against float64, the worst of {', '.join(KINDS)} inputs.", error_table(found)]
-    return "\n\n".join(part for part in [*parts, setting(found)] if part)
+    return "\n\n".join(part for part in [*parts, aims(found), setting(found)] if part)
+
+
+def aims(found: dict[str, Any]) -> str:
+    """How many of the aims are missed, and of which kind."""
+    findings = targets.evaluate(found)
+    missed = [finding for finding in findings if not finding.met]
+    kinds = sorted({re.split(r"[:,(]", finding.what)[0].strip() for finding in missed})
+    if not missed:
+        return f"All {len(findings)} aims of `python -m benchmarks.report --targets` are met."
+    return (
+        f"**Aims missed**: {len(missed)} of {len(findings)} ({'; '.join(kinds)}). "
+        "`python -m benchmarks.report --targets` lists them, [docs/cpu.md](docs/cpu.md) says what limits them."
+    )
 
 
 def rewrite(text: str, block: str, markers: tuple[str, str] = (BEGIN, END)) -> str:

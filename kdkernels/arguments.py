@@ -48,7 +48,12 @@ def check_fixed(
     require_choice("reduction", reduction, ("mean", "sum", "none"))
     check_modes(group, sparse_mode)
     require_choice("backend", backend, ("auto", *BACKENDS))
-    for name, value in (("shift", shift), ("inplace", inplace)):
+    check_switches(shift=shift, inplace=inplace)
+
+
+def check_switches(**switches: object) -> None:
+    """Options that are on or off."""
+    for name, value in switches.items():
         if not isinstance(value, bool):
             fail(TypeError, name, repr(value), "True or False")
 
@@ -106,6 +111,9 @@ def check_reduction(reduction: str, num_items: int | float | Tensor | None) -> N
                 "a number or a 0-dim tensor",
                 "sum it up",
             )
+        if num_items.is_complex() or num_items.dtype == torch.bool or num_items.requires_grad:
+            kind = f"a {num_items.dtype} tensor" + " that requires grad" * num_items.requires_grad
+            fail(ValueError, "num_items", kind, "a constant number", "count the tokens that count")
         if torch.compiler.is_compiling() or (num_items.device.type != "cpu" and not values_checked()):
             return
     if not 0 < num_items < math.inf:
@@ -196,6 +204,8 @@ def check_side(name: str, side: object) -> None:
             "a plain tensor",
             "this version has no vocabulary shards: use .full_tensor()",
         )
+    if isinstance(side, Tensor) and side.layout != torch.strided:
+        fail(TypeError, name, f"a tensor of layout {side.layout}", "a dense tensor", "use .to_dense()")
     if side.dtype not in DTYPES:
         fail(TypeError, f"{name} dtype", side.dtype, "float32, bfloat16, float16 or float64", "cast it with .to(dtype)")
     if len(side.shape) < 1 or side.shape[-1] == 0:
@@ -251,6 +261,8 @@ def check_tokens(
             fail(ValueError, f"{name} device", value.device, f"that of the logits, {device}", "use .to(device)")
     if labels is not None and (labels.is_floating_point() or labels.dtype == torch.bool):
         fail(TypeError, "labels dtype", labels.dtype, "an integer dtype", "pass token ids, not one-hot rows or masks")
+    if token_weights is not None and token_weights.is_complex():
+        fail(TypeError, "token_weights dtype", token_weights.dtype, "a real dtype")
     if token_weights is not None and token_weights.requires_grad:
         fail(ValueError, "token_weights", "a tensor that requires grad", "a constant", "pass .detach()")
 

@@ -136,10 +136,10 @@ def distillation_loss(
             negative; for comparison with papers), or ``"sampled"`` (forward KL as the cross-entropy
             ``-sum target log q``, whose gradient is unbiased; for ``kind="sampled"``, and only that).
         chunk_bytes: with `LinearLogits`, memory for the logits of one chunk of rows, bytes (default 256 MiB).
-        backend: ``"auto"``, ``"eager"``, ``"cpp"``; `explain` says which serves and why.
+        backend: ``"auto"``, ``"eager"``, ``"cpp"``, ``"triton"``, ``"cuda"``; `explain` says which serves and why.
         inplace: write the gradient over the student's logits, which saves a tensor of their size; they must not be
-            used afterwards and must not be a leaf that requires grad. Without effect on `LinearLogits` and under
-            torch.compile.
+            used afterwards and must not be a leaf that requires grad. Without effect where either side is
+            `LinearLogits`, and under torch.compile.
         return_stats: also return `DistillationStats` from the same sweep.
 
     Returns:
@@ -154,7 +154,8 @@ def distillation_loss(
     The divergence has to be separable (not ``adaptive_kl``). Log-probabilities are not checked to be normalised.
     A row whose student or teacher holds NaN or +inf, or nothing but -inf, has a NaN loss and gradient and leaves other
     rows alone. A -inf logit is a masked entry: it has no mass, and mass on the other side, or a label, costs
-    log-probability -1e4; so does finfo.min (any log-probability below -1e20). Other finite logits are never altered.
+    log-probability -1e4; so does finfo.min (any log-probability below -1e20). The masked entry's own gradient is that of
+    the mass it lacks (forward KL: -p). Other finite logits are never altered.
     A backward of a retained graph may run again; a second derivative is an error.
 
     Source: Hinton et al. 2015 (arXiv 1503.02531); for each divergence the docstring of its class.
@@ -164,6 +165,7 @@ def distillation_loss(
     )
     arguments.check_reduction(reduction, num_items)
     arguments.check_modes(group, sparse_mode)
+    arguments.check_switches(shift=shift, inplace=inplace, return_stats=return_stats)
     arguments.check_not_transformed(student)
     student, teacher = arguments.under_autocast(student), arguments.under_autocast(teacher)
     vocab = arguments.check_pair(student, teacher, vocab_size)

@@ -52,6 +52,13 @@ CASES: dict[str, tuple[type[Exception], str, str, str, Callable[[], Any]]] = {
     "temperature text": (ValueError, "temperature", "'2'", "finite number", lambda: loss(temperature="2")),
     "temperature bool": (ValueError, "temperature", "True", "finite number", lambda: loss(temperature=True)),
     "temperature tensor": (ValueError, "temperature", "tensor(2.)", "number", lambda: loss(temperature=torch.tensor(2.0))),
+    "shift text": (TypeError, "shift", "'yes'", "True or False", lambda: loss(shift="yes")),
+    "inplace number": (TypeError, "inplace", "1", "True or False", lambda: loss(inplace=1)),
+    "stats text": (TypeError, "return_stats", "'x'", "True or False", lambda: loss(return_stats="x")),
+    "items complex": (ValueError, "num_items", "complex64", "a constant number", lambda: loss(num_items=torch.tensor(3 + 1j))),
+    "items bool": (ValueError, "num_items", "bool", "a constant number", lambda: loss(num_items=torch.tensor(True))),
+    "items grad": (ValueError, "num_items", "requires grad", "a constant", lambda: loss(num_items=torch.ones((), requires_grad=True))),
+    "student sparse": (TypeError, "student", "sparse_coo", "a dense tensor", lambda: loss(student=torch.ones(3, 5).to_sparse())),
     "scaling": (ValueError, "temperature_scaling", "'t3'", "one of 'none', 't2'", lambda: loss(temperature_scaling="t3")),
     "kd_weight": (ValueError, "kd_weight", "-1", ">= 0; ", lambda: loss(kd_weight=-1)),
     "kd_weight nan": (ValueError, "kd_weight", "nan", "finite number", lambda: loss(kd_weight=float("nan"))),
@@ -136,7 +143,7 @@ CASES: dict[str, tuple[type[Exception], str, str, str, Callable[[], Any]]] = {
     # backends
     "backend": (ValueError, "backend", "'cp'", "did you mean 'cpp'", lambda: loss(backend="cp")),
     "backend triton": (ValueError, "backend", "'triton'", "use backend='auto'", lambda: loss(backend="triton")),
-    "backend cuda": (ValueError, "backend", "'cuda'", "not part of this version; use backend='auto'", lambda: kd.explain(logits(), backend="cuda")),
+    "backend cuda": (ValueError, "backend", "'cuda'", "serves CUDA tensors, these are on cpu; use backend='auto'", lambda: kd.explain(logits(), backend="cuda")),
     # in place
     "inplace leaf": (ValueError, "inplace", "True", "the logits that a model computed, or inplace=False", lambda: loss(logits(4, V, requires_grad=True), inplace=True)),
     "inplace leaf view": (ValueError, "inplace", "True", "inplace=False", lambda: loss(logits(2, 2, V, requires_grad=True).view(4, V), inplace=True)),

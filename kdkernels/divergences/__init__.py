@@ -81,7 +81,7 @@ def get(divergence: str | Divergence) -> Divergence:
             f"names: {', '.join(names())}"
         )
     if divergence not in DIVERGENCES:
-        near = difflib.get_close_matches(divergence, names(), n=2, cutoff=0.5)
+        near = difflib.get_close_matches(divergence.lower().replace("-", "_"), names(), n=2, cutoff=0.35)
         meant = f"did you mean {' or '.join(repr(name) for name in near)}? " if near else ""
         raise ValueError(f"divergence is {divergence!r}, which is unknown; {meant}known: {', '.join(names())}")
     return DIVERGENCES[divergence]()
