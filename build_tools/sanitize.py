@@ -6,6 +6,7 @@ this machine can run, the codec's on damaged blocks; the second form is the code
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -24,17 +25,22 @@ CODEC_BLOCKS = 500  # damaged 20 ways each
 EVERY = {"thread": "7"}  # thread sanitizing looks at sharing, not at tails: a seventh of the cases will do
 
 
-def build(sanitize: str, jobs: int) -> Path:
-    """Compiles kernels and driver; returns the executable."""
+DRIVERS = ("rows_sweep", "topk_sweep")
+
+
+def build(sanitize: str, jobs: int) -> list[Path]:
+    """Compiles kernels and drivers; returns the executables."""
     folder = ROOT / "build" / f"sanitize-{sanitize.replace(',', '-')}"
     tools = plan.Toolchain(ROOT, folder, tuple(locate.find_compiler()), sanitize)
     generate.divergences_header(ROOT, folder / "gen")
     generate.facts_header(folder / "gen", {"kernels": list(generate.kernel_digests(ROOT).items())})
-    driver = tools.compile(ROOT / "csrc/tests/rows_sweep.cpp", "test_", [])
-    steps = [driver, *plan.cpu_kernels(tools)]
-    program = folder / "rows_sweep"
-    execute([*steps, tools.link(program, steps, ["-pthread"])], folder, jobs)
-    return program
+    kernels = plan.cpu_kernels(tools)
+    steps, programs = [*kernels], [folder / name for name in DRIVERS]
+    for program in programs:
+        driver = tools.compile(ROOT / f"csrc/tests/{program.name}.cpp", "test_", [])
+        steps += [driver, tools.link(program, [driver, *kernels], ["-pthread"])]
+    execute(steps, folder, jobs)
+    return programs
 
 
 def codec(blocks: int, jobs: int) -> int:
@@ -65,17 +71,17 @@ def main(arguments: list[str]) -> int:
         failed = codec(campaign or CODEC_BLOCKS, options.jobs) if sanitize == DEFAULT else 0
         if campaign:
             return failed
-        program = build(sanitize, options.jobs)
+        programs = build(sanitize, options.jobs)
     except BuildError as error:
         print(f"sanitize: {error}", file=sys.stderr)
         return 1
     print(f"sanitize: built with {sanitize} in {time.monotonic() - start:.0f} s", flush=True)
-    for isa in plan.instruction_sets(ROOT):
+    for isa, program in itertools.product(plan.instruction_sets(ROOT), programs):
         environment = {**os.environ, "KDKERNELS_ISA": isa, "UBSAN_OPTIONS": "print_stacktrace=1"}
         start = time.monotonic()
         code = subprocess.run([str(program), EVERY.get(sanitize, "1")], env=environment, check=False).returncode
         verdict = {0: "passed", UNTESTED: "cannot run on this machine"}.get(code, f"FAILED ({code})")
-        print(f"sanitize: {isa} {verdict} in {time.monotonic() - start:.0f} s")
+        print(f"sanitize: {program.name}, {isa} {verdict} in {time.monotonic() - start:.0f} s")
         failed += code not in (0, UNTESTED)
     return failed
 

@@ -81,6 +81,15 @@ def test_tail_is_summed_from_itself(backend: str, tail_mass: float) -> None:
         assert apart(found.other_tails[other], golden(z, k, other).log_tail) < 1e-6
 
 
+@pytest.mark.parametrize(("vocab", "k"), [(2, 1), (40, 20), (3000, 1), (3000, 1000)])
+def test_tails_far_below_everything_kept(backend: str, vocab: int, k: int) -> None:
+    z = logits(1, vocab)
+    z[0, ::vocab // k][:k] += 300.0
+    check(kd.compress(z, k, entropy=True, backend=backend), golden(z, k))
+    z[0, 1] += 150.0
+    check(kd.compress(z, k, backend=backend), golden(z, k))
+
+
 def test_masked_entries_are_not_kept(backend: str) -> None:
     z = torch.full((2, 600), -torch.inf)
     z[0, [5, 500, 77]] = torch.tensor([1.0, 2.0, 3.0])

@@ -10,14 +10,15 @@
 
 namespace KD_NS {
 
-// 2^n * y for the n hidden in the low bits of t = n + 1.5 * 2^23; n in [-126, 127] and y near 1.
+// 2^n * y for the n hidden in the low bits of t = n + 1.5 * 2^23; n in [-126, 127] and y near 1 Any other n
+// gives some number.
 KD_INLINE native scale_by(native y, native t) {
 #if KD_LEVEL == KD_IS_avx512
   return n_from_bits(_mm512_add_epi32(n_bits(y), _mm512_slli_epi32(n_bits(t), 23)));
 #elif KD_LEVEL == KD_IS_avx2
   return n_from_bits(_mm256_add_epi32(n_bits(y), _mm256_slli_epi32(n_bits(t), 23)));
 #else
-  return n_from_bits(n_bits(y) + (n_bits(t) << 23));
+  return n_from_bits(n_add_int(n_bits(y), (native_int)((native_uint)n_bits(t) << 23)));
 #endif
 }
 

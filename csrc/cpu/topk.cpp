@@ -159,12 +159,12 @@ Totals totals_of(const View& v, const Filter& f, const Split& s, int64_t n, doub
   const Mass part = mass_of<false>(f.found.value, n, s.least, s.least, (float)rate);
   const double few = part.sum + (double)s.left;  // candidates not kept, relative to the least kept
   const double far = f.sum * ratio(f.threshold, s.least, rate);
-  if (few == 0 && f.sum < kNegligible) {
-    t.log_tail = swept_tail(v, s, rate);
-  } else if (few == 0) {
+  if (few == 0 && f.sum > kNegligible) {
     t.log_tail = log(f.sum) + ((double)f.threshold - s.max) * rate;
-  } else {
+  } else if (few + far > kNegligible) {
     t.log_tail = log(few + far) + ((double)s.least - s.max) * rate;
+  } else {
+    t.log_tail = swept_tail(v, s, rate);
   }
   t.log_sum = log(kept + exp(t.log_tail));
   t.weighted += ratio(s.least, s.max, rate) * (part.weighted + few * ((double)s.least - s.max));
