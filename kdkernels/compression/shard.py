@@ -6,7 +6,8 @@
     offsets       I64 [n + 1] where each example's block begins in `blocks`; the last is their total
     input_hashes  U64 [n]     `input_hash` of the example's tokens; 0 where none was given
     rows          I32 [n]     tokens of the example
-    checksums     U32 [n]     CRC-32 of the example's block
+    checksums     U32 [n]     CRC-32 (zlib's) of the example's block. Not CRC-32C, which a block ends with: over a
+                          message and its own CRC every CRC is one constant, so that any block would do
     blocks        U8 [total]  one codec block an example (`kdkernels.compression.format`)
 
 Everything before `blocks` is the head; the manifest holds its SHA-256. The head binds ids to checksums and offsets, so
