@@ -65,6 +65,9 @@ def judge(backend: str, device: torch.device, dtype: torch.dtype, kernel: str, s
 
 def _judge_selection(backend: str, device: torch.device, dtype: torch.dtype, kernel: str) -> Verdict:
     """Whether ``backend`` selects the largest entries of rows, or draws from them."""
+    if backend == "cuda" and kernel == SELECTION:
+        why = _why_not_cuda_selection(device, dtype)
+        return Verdict(backend, not why, why or "CUDA kernels of selection")
     if backend != "cpp":
         return Verdict(backend, False, f"the {backend} kernels do not include {kernel!r}")
     if device.type != "cpu":
@@ -73,6 +76,22 @@ def _judge_selection(backend: str, device: torch.device, dtype: torch.dtype, ker
     if not why and dtype not in _DTYPES:
         why = f"serves float32, bfloat16, float16 and float64, not {dtype}"
     return Verdict(backend, not why, why or f"native kernels, {native.isa()}")
+
+
+def _why_not_cuda_selection(device: torch.device, dtype: torch.dtype) -> str:
+    """Empty where the CUDA kernels select from logits of this device and dtype."""
+    if device.type != "cuda":
+        return f"serves CUDA tensors, these are on {device}"
+    if dtype not in _DTYPES[:3]:
+        return f"serves float32, bfloat16 and float16, not {dtype}"
+    if not native.available():
+        return native.reason()
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("kdkernels_C::topk_", "CUDA"):
+        return "kdkernels was built without CUDA kernels: install the CUDA toolkit (nvcc) and rebuild"
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return f"torch {torch.__version__} sees no NVIDIA GPU"
+    major, minor = torch.cuda.get_device_capability(device)
+    return "" if major >= 8 else f"needs compute capability 8.0, this GPU has {major}.{minor}"
 
 
 def survey(device: torch.device, dtype: torch.dtype, kernel: str, sparse: bool = False) -> list[Verdict]:

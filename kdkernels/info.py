@@ -39,6 +39,14 @@ def _triton_obstacle() -> str:
     return "" if _gpu() else _why_no_gpu()
 
 
+CUDA_KERNELS = {"topk.cu": "the selection of compress", "dense_onchip.cu": "forward and reverse KL of long rows"}
+
+
+def _cuda_kernels() -> str:
+    """What the CUDA C++ kernels of the build serve."""
+    return " and ".join(CUDA_KERNELS[name] for name in native.facts()["cuda_sources"] if name in CUDA_KERNELS)
+
+
 def _cuda_obstacle() -> str:
     facts = native.facts()
     if not native.available():
@@ -47,7 +55,7 @@ def _cuda_obstacle() -> str:
         return "nvcc was not found when kdkernels was built: install the CUDA toolkit and rebuild"
     if not facts["cuda_sources"]:
         return f"nvcc {facts['nvcc']} was found, but this version has no CUDA C++ kernels"
-    return "" if _gpu() else _why_no_gpu()
+    return "" if _gpu() else f"{_why_no_gpu()}; built for {_cuda_kernels()}"
 
 
 def _backend(name: str) -> dict[str, Any]:
@@ -58,7 +66,11 @@ def _backend(name: str) -> dict[str, Any]:
         return {"available": False, "reason": why}
     device = torch.device("cuda" if name in obstacles else "cpu")
     verdict = backends.judge(name, device, torch.float32, "forward_kl")
-    return {"available": verdict.serves, "reason": verdict.reason}
+    if name != "cuda":
+        return {"available": verdict.serves, "reason": verdict.reason}
+    selection = backends.judge(name, device, torch.float32, backends.SELECTION)
+    reason = f"selection: {selection.reason}; losses: {verdict.reason}"
+    return {"available": verdict.serves or selection.serves, "reason": reason}
 
 
 def describe() -> dict[str, Any]:

@@ -80,6 +80,22 @@ def test_other_devices_get_what_serves_them() -> None:
     assert backends.choose("auto", torch.device("meta"), torch.float32, "jsd") == "eager"
 
 
+def test_cuda_says_what_it_selects_from() -> None:
+    gpu = torch.device("cuda")
+
+    def reason(device: torch.device, dtype: torch.dtype, kernel: str = backends.SELECTION) -> str:
+        verdict = backends.judge("cuda", device, dtype, kernel)
+        assert verdict.serves == (verdict.reason == "CUDA kernels of selection")
+        return verdict.reason
+
+    assert reason(torch.device("cpu"), torch.float32) == "serves CUDA tensors, these are on cpu"
+    assert reason(gpu, torch.float64) == "serves float32, bfloat16 and float16, not torch.float64"
+    assert "do not include 'draw'" in reason(gpu, torch.float32, backends.DRAWS)
+    if not torch.cuda.is_available():
+        assert "sees no NVIDIA GPU" in reason(gpu, torch.float32) or not native.available()
+        assert backends.choose("auto", gpu, torch.float32, backends.SELECTION) == "eager"
+
+
 def test_without_native_kernels_eager_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "available", lambda: False)
     monkeypatch.setattr(native, "reason", lambda: "kdkernels_C.so is not there: pip install .")

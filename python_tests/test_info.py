@@ -70,6 +70,14 @@ def test_cuda_names_the_nearest_obstacle(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "nvcc was not found" in info.describe()["backends"]["cuda"]["reason"]
     facts["nvcc"] = "13.0"
     assert "no CUDA C++ kernels" in info.describe()["backends"]["cuda"]["reason"]
+    facts["cuda_sources"] = ["dense_onchip.cu", "topk.cu"]
+    if not torch.cuda.is_available():
+        served = "built for forward and reverse KL of long rows and the selection of compress"
+        assert served in info.describe()["backends"]["cuda"]["reason"]
+    monkeypatch.setattr(info, "_gpu", lambda: "a GPU")
+    reason = info.describe()["backends"]["cuda"]["reason"]
+    assert reason.startswith("selection: ")
+    assert "; losses: " in reason
 
 
 def test_text_names_every_divergence() -> None:
