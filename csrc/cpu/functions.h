@@ -10,7 +10,7 @@
 
 namespace KD_NS {
 
-// 2^n * y for the n hidden in the low bits of t = n + 1.5 * 2^23; n in [-126, 127] and y near 1 Any other n
+// 2^n * y for the n hidden in the low bits of t = n + 1.5 * 2^23; n in [-126, 127] and y near 1. Any other n
 // gives some number.
 KD_INLINE native scale_by(native y, native t) {
 #if KD_LEVEL == KD_IS_avx512
