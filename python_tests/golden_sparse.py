@@ -99,7 +99,8 @@ class _Row:
             return self.lp - self.lp.logsumexp(-1), self.among[0]
         lq = self.whole[0][self.held]
         if self.mode == "ghost" and self.outside.any():
-            rest = lq.new_tensor(golden.MASKED)
+            normaliser = self.leaf.logsumexp(-1)[0]
+            rest = golden.MASKED - (normaliser - normaliser.detach())  # as any masked entry's log-probability
             if not self.tail_is_masked:
                 rest = self.whole[0][self.outside].logsumexp(-1)
             return torch.cat((self.lp, self.tail[None])), torch.cat((lq, rest[None]))

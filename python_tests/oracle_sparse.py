@@ -13,10 +13,12 @@ from oracle import (
     Logits,
     _leaves,
     _with_leaves,
+    assert_within,
     compare_gradients,
     compare_loss,
     compare_stats,
     flat,
+    loss_tolerance,
     side,
 )
 from torch import Tensor
@@ -118,6 +120,10 @@ def check_sparse(
     output = kd.distillation_loss(
         argument, teacher, divergence, sparse_mode=mode, backend=backend, return_stats=True, **options
     )
+    if not isinstance(student, kd.LinearLogits):
+        alone = kd.distillation_loss(student, teacher, divergence, sparse_mode=mode, backend=backend, **options)
+        allowed = loss_tolerance(student.dtype) * output.loss.detach().nan_to_num().abs().clamp(min=1)
+        assert_within("loss without statistics", alone, output.loss.detach().double(), allowed)
     rows = call.golden(side(student), golden.Side(full))
     unit = rows
     if isinstance(incoming, Tensor) or incoming != 1:

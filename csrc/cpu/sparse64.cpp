@@ -151,7 +151,9 @@ void write(const Row& row, int64_t i, double z, double gradient) {
 
 void write_gradient(const Row& row, const Outcome& o) {
   const double t = row.args->rows.temperature;
-  for_tail(row, [&](int64_t i, double z) { write(row, i, z, o.rest * kd_exp((z - row.tail_max) / t)); });
+  for_tail(row, [&](int64_t i, double z) {
+    write(row, i, z, o.rest != 0 ? o.rest * kd_exp((z - row.tail_max) / t) : 0);
+  });
   for (int64_t k = 0; k < row.n; ++k) {
     const double z = student_at(row, k), lq = log_probability(z, o.norm, t);
     write(row, row.ids[k], z, gradient_at(row, o, teacher_at(row, o, k), lq) - kd_exp(lq) * o.total);
