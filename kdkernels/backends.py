@@ -40,8 +40,6 @@ def judge(backend: str, device: torch.device, dtype: torch.dtype, kernel: str, s
         return Verdict(backend, True, "plain torch, any device")
     if kernel in (SELECTION, DRAWS):
         return _judge_selection(backend, device, dtype, kernel)
-    if backend == "triton" and sparse:
-        return Verdict(backend, False, "the Triton kernels take no sparse teachers yet")
     if backend == "triton":
         why = triton.obstacle(device, dtype)
         return Verdict(backend, not why, why or f"Triton kernels, {triton.version()}")

@@ -55,6 +55,11 @@ def sparse_rows_(
             MODES.index(spec.mode), spec.temperature, spec.vocab, loss, dlogits, stats,
         )  # fmt: skip
         return
+    if backend == "triton":
+        from kdkernels.triton import host  # imports triton
+
+        host.sparse_rows_(student, teacher, weights, spec, loss, dlogits, stats)
+        return
     eager_sparse.sparse_rows_(student, teacher, weights, spec, loss, dlogits, stats)
 
 

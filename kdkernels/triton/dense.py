@@ -208,10 +208,9 @@ def row_arguments(
     """What a kernel's arguments say of row r: (place of the first entry, where both sides begin, where results go,
     weights, label as (place or None, index, legal, its logit)). Writes the gradient of the vocabulary's padding."""
     begin_s, shift = anchor(student, r, student_stride, LAYOUT)
-    begin_t = None
+    begin_t, row_d, begin_d, row_stats = None, None, None, None
     if teacher is not None:
         begin_t, _ = anchor(teacher, r, teacher_stride, LAYOUT)
-    row_d, begin_d, row_stats = None, None, None
     if dlogits is not None:
         row_d = dlogits + r * dlogits_stride
         begin_d, _ = anchor(dlogits, r, dlogits_stride, LAYOUT)

@@ -10,16 +10,18 @@ import torch
 from torch import Tensor
 
 from kdkernels import divergences
-from kdkernels.triton import adaptive, dense, forms, launch, scale
+from kdkernels.triton import adaptive, dense, forms, launch, scale, sparse
 from kdkernels.triton.element import as_triton
 
 if TYPE_CHECKING:
     from kdkernels.ops.rows import RowSpec, Side
+    from kdkernels.ops.sparse import SparseRows
     from kdkernels.weights import RowWeights
 
 LOOSE, SHIFTED, WHOLE = 0, 1, 2  # see kdkernels.triton.rows
 PLAIN, LINEAR, CAPPED = 0, 1, 2
 ADAPTIVE = "adaptive_kl"
+MODES = ("ghost", "renormalize", "truncate", "sampled")  # as in kdkernels.triton.kept
 CARRIES = {"forward_kl": 1, "reverse_kl": 2}
 
 
@@ -57,6 +59,40 @@ def divergence_rows_(
         arguments |= {**elements(spec), "CARRY": CARRIES.get(spec.kernel, 0)}
     with on(x.device):
         launch.start(kernel, (rows, 1, 1), arguments, sizes.options())
+
+
+def sparse_rows_(
+    student: Side,
+    teacher: SparseRows,
+    weights: RowWeights,
+    spec: RowSpec,
+    loss: Tensor,
+    dlogits: Tensor | None,
+    stats: Tensor | None,
+) -> None:
+    """Fill ``loss [C]``, ``dlogits [C, >= vocab]`` and ``stats [C, 6]``; see `kdkernels.ops.sparse`.
+
+    Allocates float32 ``[C, K]``, the kept logits, which the gradient may overwrite where they stand, and a bit for each
+    logit, to tell them from the others."""
+    rows, count = teacher.ids.shape
+    if rows == 0:
+        return
+    x = student.x
+    sizes = launch.sparse_shape(spec.vocab, x.element_size(), launch.architecture(x.device))
+    functions = divergences.elements(spec.kernel)
+    words = -(-(spec.vocab + launch.VECTOR) // 32)
+    arguments: dict[str, Any] = {
+        **side("student", student), **teacher._asdict(), "kept": torch.empty_like(teacher.log_probs), "count": count,
+        "bits": torch.empty((rows, words), dtype=torch.int32, device=x.device), "words": words,
+        **gradient(dlogits),
+        "loss": loss, "stats": stats, "w_kd": weights.kd, "w_ce": weights.ce, "labels": weights.labels,
+        **numbers(spec), "excess": functions.excess(spec.a, spec.b),
+        "TERM": as_triton(functions.term), "GRAD": as_triton(functions.grad), "MODE": MODES.index(spec.mode),
+        "COLD": weights.labels is not None and spec.temperature != 1,
+        "FORM_S": form(student), **tiles(sizes, spec.vocab, x, dlogits),
+    }  # fmt: skip
+    with on(x.device):
+        launch.start(sparse.sparse_kernel, (rows, 1, 1), arguments, sizes.options())
 
 
 def scales(buffer: Tensor) -> bool:

@@ -1,0 +1,199 @@
+"""The Triton kernel for sparse teachers, compiled and executed by the PTX emulator, against the float64 definition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import cases
+import pytest
+import torch
+from emulated import TARGETS, serve
+from ptx.triton_shim import Emulator
+from torch import Tensor
+
+import kdkernels as kd
+from kdkernels import eager_sparse
+from kdkernels.ops.rows import RowSpec, Side
+from kdkernels.ops.sparse import SparseRows, sparse_rows_
+from kdkernels.weights import RowWeights
+
+pytestmark = pytest.mark.thin(6)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+COMPARED = (("ghost", "forward_kl"), ("ghost", "jsd"), ("renormalize", "reverse_kl"), ("truncate", "skew_kl"),
+            ("truncate", "total_variation"), ("sampled", "forward_kl"))  # fmt: skip
+Serve = Callable[..., Emulator]
+Rows = tuple[Tensor, Tensor, Tensor]
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> Serve:
+    return lambda target=90: serve(monkeypatch, target)
+
+
+def ids(value: object) -> str:
+    return str(value).removeprefix("torch.")
+
+
+def largest(teacher: Tensor, k: int, temperature: float = 1.0, ragged: bool = True) -> SparseRows:
+    """The k largest entries of each row; the first row lacks two, which are in its tail."""
+    lp = (teacher.double() / temperature).log_softmax(-1)
+    kept = lp.topk(k).indices.sort(-1).values
+    held = torch.ones(kept.shape, dtype=torch.bool)
+    if ragged and k > 2:
+        held[0, -2:] = False
+    inside = torch.zeros_like(lp, dtype=torch.bool).scatter_(-1, kept, held)
+    tail = torch.where(inside, -torch.inf, lp).logsumexp(-1)
+    log_probs = torch.where(held, lp.gather(-1, kept), -torch.inf)
+    return SparseRows(torch.where(held, kept, -1).int(), log_probs.float(), tail.float())
+
+
+def weights(rows: int, labels: Tensor | None) -> RowWeights:
+    kd_weights = torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0])[:rows]
+    ce = None if labels is None else torch.tensor([1.0, 0.0, 0.0, 0.5, 0.25])[:rows]
+    return RowWeights(kd_weights, ce, labels)
+
+
+def definition(student: Side, teacher: SparseRows, w: RowWeights, spec: RowSpec, incoming: Tensor) -> Rows:
+    """Loss, gradient, statistics in float64."""
+    rows, wide = torch.empty(len(w.kd), dtype=torch.float64), student.x.double()
+    result = rows, torch.empty_like(wide), torch.empty((len(w.kd), 6), dtype=torch.float64)
+    exact = SparseRows(teacher.ids, teacher.log_probs.double(), teacher.log_tail.double())
+    bias = None if student.bias is None else student.bias.double()
+    heavy = RowWeights(w.kd.double(), None if w.ce is None else w.ce.double(), w.labels)
+    eager_sparse.sparse_rows_(student._replace(x=wide, bias=bias), exact, heavy, spec, *result)
+    return result
+
+
+def compare(student: Side, teacher: SparseRows, w: RowWeights, spec: RowSpec, inplace: bool = False) -> None:
+    """One launch against the definition; NaN where and only where it is due."""
+    x = student.x
+    due = definition(student, teacher, w, spec, x)
+    made = torch.empty(len(w.kd)), x if inplace else torch.full_like(x, 7.0), torch.empty(len(w.kd), 6)
+    sparse_rows_("triton", student, teacher, w, spec, *made)
+    loss, gradient, stats = (actual.double() for actual in made)
+    bad = due[0].isnan()
+    assert torch.equal(loss.isnan(), bad)
+    assert torch.equal(gradient[:, : spec.vocab].isnan(), bad[:, None].expand(-1, spec.vocab))
+    assert (gradient[:, spec.vocab :] == 0).all()
+    fine = ~bad
+    size = due[2][fine, 0].abs().clamp(min=1) * w.kd[fine] + due[2][fine, 4].clamp(min=1)
+    assert ((loss - due[0])[fine].abs() <= 1e-6 * size).all()
+    assert ((stats - due[2])[fine].abs() <= 3e-6 * due[2][fine].abs().clamp(min=1)).all()
+    error, truth = (gradient - due[1])[fine].norm(dim=-1), due[1][fine]
+    rounding = (truth.to(x.dtype).double() - truth).norm(dim=-1)
+    mass = w.kd[fine] / spec.temperature + (0 if w.ce is None else w.ce[fine])
+    scale = truth.norm(dim=-1) + mass * (1 if student.scale == 1 else abs(student.scale)) * 0.3
+    allowed = 1e-6 * scale + 2 * rounding * (x.dtype != torch.float32)
+    assert (error <= allowed).all(), (error / allowed).tolist()
+    assert spec.mode == "renormalize" or spec.vocab == 1 or (truth.norm(dim=-1) > 0).any()
+
+
+@pytest.mark.parametrize(("mode", "kernel"), COMPARED)
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+@pytest.mark.parametrize("target", TARGETS)
+def test_modes_against_the_definition(target: int, dtype: torch.dtype, mode: str, kernel: str, served: Serve) -> None:
+    served(target)
+    for vocab, k, temperature in ((301, 7, 1.0), (5003, 64, 2.0), (4104, 700, 1.0)):
+        student, teacher = cases.pair("ordinary", 5, vocab, dtype)
+        known = largest(teacher, k, temperature)
+        labels = torch.tensor([0, vocab - 1, 5, int(known.ids[3, 2]), int(known.ids[4, -1])])
+        spec = RowSpec(kernel, 0.5, 0.0, temperature, vocab, mode)
+        compare(Side(student), known, weights(5, labels if k != 700 else None), spec)
+
+
+@pytest.mark.parametrize("kind", cases.KINDS)
+@pytest.mark.parametrize("mode", ["ghost", "renormalize", "truncate", "sampled"])
+def test_inputs_that_a_loss_must_survive(mode: str, kind: str, served: Serve) -> None:
+    served()
+    student, teacher = cases.pair(kind, 3, 1029, torch.float32)
+    compare(Side(student), largest(teacher, 31), weights(3, None), RowSpec("forward_kl", 0.0, 0.0, 1.0, 1029, mode))
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 8, 129, 1024, 4097])
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+def test_everything_kept_one_kept_and_none_left(dtype: torch.dtype, vocab: int, served: Serve) -> None:
+    """K = V: the tail is no entry; also where all of the first tile is kept."""
+    served()
+    student, teacher = cases.pair("ordinary", 4, vocab, dtype)
+    for k in {1, vocab - 1 or 1, vocab}:
+        for mode in ("ghost", "renormalize"):
+            known = largest(teacher, k, ragged=False)
+            compare(Side(student), known, weights(4, None), RowSpec("jsd", 0.5, 0.0, 1.0, vocab, mode))
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "alpha_beta", "total_variation"])
+def test_all_entries_kept_equal_the_dense_teacher(divergence: str, served: Serve) -> None:
+    served()
+    student, teacher = cases.pair("ordinary", 3, 301, torch.float32)
+    rows = largest(teacher, 301, ragged=False)
+    results = []
+    for given in (teacher, kd.SparseLogits(rows.ids, rows.log_probs, rows.log_tail, 301)):
+        leaf = student.clone().requires_grad_()
+        loss = kd.distillation_loss(leaf, given, divergence, backend="triton", reduction="none")
+        results.append((loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0]))
+    (loss_a, grad_a), (loss_b, grad_b) = results
+    assert (loss_a - loss_b).abs().max() <= 2e-6 * loss_a.abs().max().clamp(min=1)
+    assert (grad_a - grad_b).norm() <= 3e-6 * grad_a.norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+@pytest.mark.parametrize("mode", ["ghost", "truncate"])
+def test_memory_that_is_laid_out_otherwise_in_place(mode: str, dtype: torch.dtype, served: Serve) -> None:
+    """Strided rows, unaligned rows, padding of the vocabulary, a head's form; the gradient over the logits."""
+    served()
+    for pad, begin in ((24, 0), (3, 0), (3, 1)):
+        student, teacher = cases.pair("ordinary", 4, 1029, dtype)
+        space = torch.full((4, 1029 + pad), 9.0, dtype=dtype)
+        x = space[:, begin : begin + 1029 + (0 if begin else 2)]
+        x[:, :1029] = student
+        labels = torch.tensor([0, 1028, 7, 9])
+        for form in (Side(x), Side(x.clone(), torch.randn(1029), 0.5, 8.0)):
+            spec = RowSpec("forward_kl", 0.0, 0.0, 1.5, 1029, mode)
+            compare(form, largest(teacher, 33, 1.5), weights(4, labels), spec, inplace=True)
+
+
+def test_rows_that_are_no_teacher_are_nan(served: Serve) -> None:
+    served()
+    student, teacher = cases.pair("ordinary", 5, 301, torch.float32)
+    for spoil in range(8):
+        known = largest(teacher, 9)
+        changed = SparseRows(*(x.clone() for x in known))
+        if spoil == 0:
+            changed.ids[1, 3] = changed.ids[1, 2]  # repeated
+        elif spoil == 1:
+            changed.ids[1, 8] = 301  # outside
+        elif spoil == 2:
+            changed.ids[1, 4] = -1  # goes on after a -1
+        elif spoil == 3:
+            changed.log_probs[1, 4] = torch.nan
+        elif spoil == 4:
+            changed.log_tail[1] = torch.nan
+        elif spoil == 5:
+            changed.ids[1] = -1  # keeps nothing
+        elif spoil == 6:
+            student[1, int(known.ids[1, 0])] = torch.nan
+        else:
+            student[1] = -torch.inf
+        due = definition(Side(student), changed, weights(5, None), RowSpec("jsd", 0.5, 0.0, 1.0, 301, "ghost"), student)
+        assert due[0].isnan().tolist() == [False, True, False, False, False]
+        compare(Side(student), changed, weights(5, None), RowSpec("jsd", 0.5, 0.0, 1.0, 301, "ghost"))
+
+
+def test_no_dense_teacher_and_nothing_unwritten_is_read(served: Serve) -> None:
+    """Through the public function; what a row costs does not depend on K."""
+    emulator = served()
+    student, teacher = cases.pair("ordinary", 2, 32768, torch.bfloat16)
+    counts = []
+    for k in (16, 512):
+        rows = largest(teacher, k, ragged=False)
+        with emulator.poison():
+            leaf = student.clone().requires_grad_()
+            given = kd.SparseLogits(rows.ids, rows.log_probs, rows.log_tail, 32768)
+            kd.distillation_loss(leaf, given, "jsd", backend="triton").backward()
+        report = emulator.reports[-2]  # before the scaling
+        counts.append(report.thread_instructions)
+        assert report.load_sectors * 32 <= 2.1 * student.nbytes + 2 * k * 14 * 32
+        assert report.store_sectors * 32 <= 1.1 * student.nbytes + 2 * k * 4 * 32
+        assert max(report.widths()["load"]) == max(report.widths()["store"]) == 16
+    assert counts[1] <= 1.2 * counts[0]
