@@ -107,7 +107,7 @@ def scale_by_incoming(buffers: list[Tensor], incoming: Tensor, backend: str) -> 
         return [_scaled(b, _like_rows(incoming, b)) for b in buffers]
     if _graph_is_retained():
         buffers = [b.clone() for b in buffers]
-    if backend == "triton":
+    if backend in ("triton", "cuda"):  # where CUDA kernels serve, Triton does
         return _scaled_by_triton(buffers, incoming)
     if incoming.device.type == "cpu":
         if incoming.dim() and incoming.numel() and bool((incoming == incoming[0]).all()):
