@@ -169,6 +169,16 @@ def test_a_soft_cap_makes_finite_numbers_of_infinite_ones(place: int | str) -> N
     assert (kept.ids >= 0).all()
 
 
+@pytest.mark.parametrize("multiprocessors", [ONE_BLOCK, MANY_BLOCKS])
+def test_what_has_no_mass_has_no_part_in_the_entropy(multiprocessors: int) -> None:
+    logits = normal(4, 4999)
+    logits[0, 9:] = -INF
+    logits[1, 9:] = torch.finfo(torch.float32).min
+    logits[2, 30:] = torch.finfo(torch.float32).min
+    logits[3, ::2] = -INF
+    check(90, logits, 20, Head(temperature=0.05, others=(0.5,), entropy=True), multiprocessors)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", HEADS)
 def test_heads_on_a_gpu(name: str) -> None:

@@ -7,6 +7,9 @@ namespace kd {
 
 constexpr int kSums = KD_TOPK_SUMS;
 
+// x exp(x) is 0 from here down, also where x is -inf.
+__device__ __forceinline__ float not_infinite(float x) { return fmaxf(x, -1e20f); }
+
 // What a row's first sweep has left in `kd_topk_arguments::state`.
 struct RowState {
   float top, log_sum, reference, kept;
@@ -21,13 +24,12 @@ struct TailSums {
   float sums[kSums] = {}, weighted = 0;
 
   __device__ __forceinline__ void add(const kd_topk_arguments& a, float away) {
-    away = fmaxf(away, kLeastFloat);  // -inf: 0 times a finite number
 #pragma unroll
     for (int j = 0; j < kSums; ++j) {
       if (j >= a.temperatures) break;
       const float weight = exp2_of(away * a.exponents[j]);
       sums[j] += weight;
-      if (j == 0) weighted += weight * (away * a.inverses[0]);
+      if (j == 0) weighted += weight * not_infinite(away * a.inverses[0]);
     }
   }
 };
@@ -91,7 +93,7 @@ __device__ inline void finish_sums(const kd_topk_arguments& a, BlockShared& shar
       const float away = capped(kept[i], a.softcap) - state.top;
       const float weight = exp2_of(away * a.exponents[j]);
       sums.y += weight;
-      weighted.y += weight * (away * a.inverses[j]);
+      weighted.y += weight * not_infinite(away * a.inverses[j]);
     }
     sums = block_reduce(sums, shared.numbers, false);
     weighted = block_reduce(weighted, shared.numbers, false);
@@ -102,7 +104,7 @@ __device__ inline void finish_sums(const kd_topk_arguments& a, BlockShared& shar
       a.outputs[j][row * a.output_stride] = n == 0 ? CUDART_NAN_F : shift + logf(sums.x) - log_total;
     }
     if (j == 0 && a.entropy) {
-      const float tail = sums.x > 0 ? factor * (weighted.x + fmaxf(shift, kLeastFloat) * sums.x) : 0.0f;
+      const float tail = sums.x > 0 ? factor * (weighted.x + not_infinite(shift) * sums.x) : 0.0f;
       const float mean = (weighted.y + tail) / (sums.y + sums.x * factor);
       a.entropy[row] = n == 0 ? CUDART_NAN_F : log_total - mean;
     }
