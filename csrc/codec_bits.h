@@ -59,6 +59,7 @@ class BitWriter {
     pending_ = used_ >= 64 ? 0 : pending_ >> (used_ & ~7u);
     used_ &= 7;
   }
+  void expect(uint64_t bits) { bytes_.reserve(bits / 8 + 8); }
   uint64_t position() const { return 8 * at_ + used_; }
   std::vector<uint8_t> finish() {
     bytes_.resize(at_ + (used_ ? 1 : 0));

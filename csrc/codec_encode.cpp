@@ -17,6 +17,8 @@ namespace {
 
 constexpr float kLargestLogProb = 0.01f;  // rounding may lift a log-probability above 0, but not by this much
 
+constexpr uint64_t kMostReserved = uint64_t{1} << 30;  // bits, before it is known what the rows hold
+
 [[noreturn]] void refuse(const std::string& name, const std::string& value, const std::string& rule) {
   throw BadArgument(name + " = " + value + ": must be " + rule);
 }
@@ -121,6 +123,10 @@ void put_row(const Input& input, uint64_t row, uint32_t count, BitWriter& stream
 Encoded encode_rows(const Input& input) {
   Encoded out;
   BitWriter stream;
+  // About what rows without padding take.
+  const unsigned each =
+      static_cast<unsigned>(input.bits) + 2 + bit_length(input.vocab / std::max<uint64_t>(1, input.width));
+  stream.expect(std::min(input.rows * input.width * each, kMostReserved));
   RowValues values;
   for (uint64_t row = 0; row < input.rows; ++row) {
     out.starts.push_back(stream.position());
@@ -187,6 +193,7 @@ std::vector<uint8_t> encode(const Input& input) {
   std::vector<uint8_t> out(kHeaderBytes);
   append_names(out, input.columns);
   const size_t names_bytes = out.size() - kHeaderBytes;
+  out.reserve(rows.payload.size() + 1024 + input.rows * (4 * input.columns.size() + 32));
   append_all(out, input.log_tail, input.rows);
   for (const InputColumn& column : input.columns) append_all(out, column.data, input.rows);
   append_all(out, rows.anchors.data(), rows.anchors.size());

@@ -193,6 +193,25 @@ def test_every_single_flipped_bit_is_detected() -> None:
             codec.decode(damaged)
 
 
+@pytest.mark.parametrize(("field", "change", "message"), [
+    ("payload_bits", -1, "ids of row 0 are damaged"), ("min_count", -1, "ids of row 0 are damaged"),
+    ("payload_bits", -20, "row 0 is too short for its entries"), ("rows", 1, "more bytes than there are"),
+    ("min_count", 1, "more entries a row"), ("vocab_size", -10, "out of range"), ("width", 8, "more entries a row"),
+    ("bits", 1, "ids of row 0 are damaged"), ("bits", -5, "bits = 3 does not exist"), ("version", -1, "version 0"),
+    ("nbytes", 1, "its header says"), ("columns", 1, "names of columns are damaged"),
+])  # fmt: skip
+def test_a_wrong_number_under_a_right_checksum_is_named(field: str, change: int, message: str) -> None:
+    one_row = arguments(**ids([1, 5, 9]), **log_probs([-1, -2, -3]), log_tail=np.array([-1], np.float32))
+    block = bytearray(codec.encode(**one_row))
+    place = next(f for f in layout.FIELDS if f.name == field)
+    (number,) = struct.unpack_from("<" + place.type, block, place.offset)
+    struct.pack_into("<" + place.type, block, place.offset, number + change)
+    if field != "nbytes":
+        make_right(block)
+    with pytest.raises(codec.CodecError, match=message):
+        codec.decode(block)
+
+
 def test_hostile_lengths_allocate_nothing() -> None:
     script = """
 import resource, struct, numpy as np

@@ -3,6 +3,9 @@
 // must be refused; with the checksum made right again it must be refused or decode to ascending ids inside
 // the vocabulary, within what its size allows to allocate. Undamaged blocks must decode to what was encoded,
 // rows together and one by one. Torch-free.
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -163,13 +166,44 @@ std::vector<uint8_t> damage(Random& random, std::vector<uint8_t> bytes) {
   return bytes;
 }
 
+// Bytes with nothing behind them that can be read.
+class Fenced {
+ public:
+  Fenced(const std::vector<uint8_t>& bytes, bool by_page) : size_(bytes.size()) {
+    if (by_page) {
+      const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+      mapped_ = (size_ + page - 1) / page * page + page;
+      void* map = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+      if (map == MAP_FAILED) std::abort();
+      start_ = static_cast<uint8_t*>(map);
+      if (mprotect(start_ + mapped_ - page, page, PROT_NONE) != 0) std::abort();
+      data_ = start_ + mapped_ - page - size_;
+    } else {
+      data_ = start_ = new uint8_t[size_];
+    }
+    std::copy(bytes.begin(), bytes.end(), data_);
+  }
+  ~Fenced() {
+    if (mapped_) {
+      munmap(start_, mapped_);
+    } else {
+      delete[] start_;
+    }
+  }
+  Fenced(const Fenced&) = delete;
+  Fenced& operator=(const Fenced&) = delete;
+  const uint8_t* data() const { return data_; }
+
+ private:
+  size_t size_, mapped_ = 0;
+  uint8_t *start_, *data_;
+};
+
 // Decodes everything that a reader could ask of these bytes; true if nothing was refused.
 bool survives(uint64_t seed, Random& random, const std::vector<uint8_t>& given, bool verify) {
-  const std::unique_ptr<uint8_t[]> exact(
-      new uint8_t[given.size()]);  // not a vector: no byte more than it has
-  std::copy(given.begin(), given.end(), exact.get());
+  const Fenced exact(given, below(random, 2));
   try {
-    const Block block = open(exact.get(), given.size(), verify);
+    const Block block = open(exact.data(), given.size(), verify);
     if (uint64_t{block.rows} * block.width > kMaxEntriesPerByte * given.size())
       fail(seed, "too much is allocated");
     const uint64_t first = block.rows ? below(random, block.rows) : 0;
