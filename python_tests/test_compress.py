@@ -175,6 +175,7 @@ def test_any_row(data: st.DataObject) -> None:
         check(kd.compress(z, k, temperature=temperature, entropy=True, backend=backend), golden(z, k, temperature), 2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ["avx2", "baseline"])
 def test_every_instruction_set(isa: str) -> None:
     """The other builds, in a process of their own: this file's tests of values and of hard rows."""
