@@ -121,11 +121,17 @@ def check_reduction(reduction: str, num_items: int | float | Tensor | None) -> N
 
 
 def check_modes(group: object | None, sparse_mode: str) -> None:
-    """``sparse_mode`` in itself, and ``group``, whose meaning comes with vocabulary shards."""
+    """``sparse_mode`` and ``group`` in themselves."""
     require_choice("sparse_mode", sparse_mode, MODES)
-    if group is not None:
-        remedy = "this version has no vocabulary shards: gather the logits first"
-        fail(ValueError, "group", group, "None", remedy)
+    if group is not None and not any(hasattr(group, name) for name in ("get_group", "rank", "group_name")):
+        allowed = "a ProcessGroup, a one-dimensional DeviceMesh, or None"
+        fail(TypeError, "group", repr(group), allowed, "torch.distributed.new_group and init_device_mesh make them")
+
+
+def holds_dtensors(*sides: object) -> bool:
+    """Whether logits, heads or hidden states are DTensors."""
+    parts = (x for side in sides for x in (vars(side).values() if isinstance(side, LinearLogits) else (side,)))
+    return any(hasattr(x, "placements") for x in parts)
 
 
 def check_not_transformed(student: Tensor | LinearLogits) -> None:
@@ -196,14 +202,6 @@ def check_side(name: str, side: object) -> None:
     if not isinstance(side, (Tensor, LinearLogits)):
         allowed = "a tensor of logits or kd.LinearLogits" + (" (or kd.SparseLogits)" if name == "teacher" else "")
         fail(TypeError, name, type(side).__name__, allowed)
-    if isinstance(side, Tensor) and hasattr(side, "placements"):
-        fail(
-            TypeError,
-            name,
-            "a DTensor",
-            "a plain tensor",
-            "this version has no vocabulary shards: use .full_tensor()",
-        )
     if isinstance(side, Tensor) and side.layout != torch.strided:
         fail(TypeError, name, f"a tensor of layout {side.layout}", "a dense tensor", "use .to_dense()")
     if side.dtype not in DTYPES:

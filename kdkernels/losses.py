@@ -127,9 +127,12 @@ def distillation_loss(
             ``"none"``: ``[...]``, one shorter with shift. When no token counts, mean and sum are 0 with zero gradients.
         num_items: divisor for ``"mean"`` instead of the tokens that count here: pass the tokens of the whole
             accumulated batch. Int, float or 0-dim tensor, > 0.
-        vocab_size: entries of the vocabulary that exist; padding beyond them on either side gets no mass and zero
-            gradient. Needed where student and teacher differ in padding.
-        group: vocabulary shards; not in this version, must be None.
+        vocab_size: entries of the (whole) vocabulary that exist; padding beyond them on either side gets no mass
+            and zero gradient. Needed where student and teacher differ in padding.
+        group: ranks that hold the vocabulary in shards, in rank order and of any sizes: a ProcessGroup or a
+            one-dimensional DeviceMesh; logits and heads (weight, bias) are then this rank's columns, everything else is
+            the same on every rank. DTensors sharded over the vocabulary need no group. See `kdkernels.vocab_parallel`
+            for what travels between ranks.
         sparse_mode: how `SparseLogits` are compared, S being the entries kept: ``"ghost"`` (S and one entry more, in
             which each side's others are added up; at K = V the dense loss), ``"renormalize"`` (both sides normalised
             on S, no gradient elsewhere), ``"truncate"`` (the divergence's formula summed over S alone: biased, may be
@@ -154,17 +157,26 @@ def distillation_loss(
     The divergence has to be separable (not ``adaptive_kl``). Log-probabilities are not checked to be normalised.
     A row whose student or teacher holds NaN or +inf, or nothing but -inf, has a NaN loss and gradient and leaves other
     rows alone. A -inf logit is a masked entry: it has no mass, and mass on the other side, or a label, costs
-    log-probability -1e4; so does finfo.min (any log-probability below -1e20). The masked entry's own gradient is that of
-    the mass it lacks (forward KL: -p). Other finite logits are never altered.
+    log-probability -1e4; so does finfo.min (any log-probability below -1e20). The masked entry's own gradient is that
+    of the mass it lacks (forward KL: -p). Other finite logits are never altered.
     A backward of a retained graph may run again; a second derivative is an error.
 
     Source: Hinton et al. 2015 (arXiv 1503.02531); for each divergence the docstring of its class.
     """
+    arguments.check_modes(group, sparse_mode)
+    if group is not None or arguments.holds_dtensors(student, teacher):
+        from kdkernels import vocab_parallel  # brings torch.distributed
+
+        asked = vocab_parallel.Options(
+            temperature, temperature_scaling, labels, ce_weight, kd_weight, ignore_index, token_weights, shift,
+            reduction, num_items, vocab_size, chunk_bytes, backend, inplace, return_stats,
+        )  # fmt: skip
+        made: vocab_parallel.Outcome = vocab_parallel.loss_of(group, student, teacher, divergence, asked)
+        return _output(*made, reduction, shift, return_stats)
     arguments.check_scalars(
         temperature, temperature_scaling, kd_weight, ce_weight, chunk_bytes, vocab_size, ignore_index
     )
     arguments.check_reduction(reduction, num_items)
-    arguments.check_modes(group, sparse_mode)
     arguments.check_switches(shift=shift, inplace=inplace, return_stats=return_stats)
     arguments.check_not_transformed(student)
     student, teacher = arguments.under_autocast(student), arguments.under_autocast(teacher)
@@ -184,6 +196,24 @@ def distillation_loss(
     spec = RowSpec(kernel.name, kernel.a, kernel.b, float(temperature), vocab, sparse_mode if sparse else "")
     call = Call(spec, weights, serving, reduction == "none", return_stats)
     loss, stats = call.run(student, teacher, inplace, chunk_bytes)
+    if isinstance(teacher, SparseLogits) and teacher.entropy is not None and return_stats:
+        known = torch.where(counted, teacher.entropy.detach().reshape(-1).to(stats.dtype), 0.0)
+        own = stats[:, 1:2]
+        stats = torch.cat((stats[:, :1], torch.where(own.isnan(), own, known[:, None]), stats[:, 2:]), 1)
+    return _output(loss, stats, counted, divisor, leading, reduction, shift, return_stats)
+
+
+def _output(
+    loss: Tensor,
+    stats: Tensor,
+    counted: Tensor,
+    divisor: Tensor | None,
+    leading: torch.Size,
+    reduction: str,
+    shift: bool,
+    return_stats: bool,
+) -> Tensor | DistillationOutput:
+    """What the caller gets of losses (``[N]`` or their sum) and statistics ``[N, 6]``."""
     if divisor is not None:
         loss = loss / divisor
     if reduction == "none":
@@ -191,9 +221,6 @@ def distillation_loss(
     if not return_stats:
         return loss
     columns = [*stats.unbind(-1), counted]
-    if isinstance(teacher, SparseLogits) and teacher.entropy is not None:
-        known = torch.where(counted, teacher.entropy.detach().reshape(-1).to(columns[1].dtype), 0.0)
-        columns[1] = torch.where(columns[1].isnan(), columns[1], known)
     return DistillationOutput(loss, DistillationStats(*(_unflatten(c, leading, shift) for c in columns)))
 
 

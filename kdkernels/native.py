@@ -149,6 +149,15 @@ def why_not_topk() -> str:
     return f"the native kernels were built before there was one for selection: rebuild with {rebuild}"
 
 
+def why_not_shards(dtype: torch.dtype) -> str:
+    """Why the native library cannot compute the parts of a row in vocabulary shards; empty when it can."""
+    if not available():
+        return reason()
+    if not hasattr(torch.ops.kdkernels_C, "shard_norms_"):
+        return "the native kernels were built before there were any for vocabulary shards: rebuild with pip install ."
+    return "the native parts of rows in vocabulary shards take no float64" if dtype == torch.float64 else ""
+
+
 def kernel_id(name: str) -> int | None:
     """The id that `dense_` takes for the kernel `name`; None where `why_not(name)` says why."""
     if why_not(name):

@@ -86,7 +86,7 @@ CASES: dict[str, tuple[type[Exception], str, str, str, Callable[[], Any]]] = {
     "num_items tensor": (ValueError, "num_items", "-1", "count the tokens", lambda: loss(num_items=torch.tensor(-1))),
     "num_items vector": (ValueError, "num_items", "[2]", "a 0-dim tensor", lambda: loss(num_items=torch.ones(2))),
     # what later issues bring
-    "group": (ValueError, "group", "tp", "no vocabulary shards: gather", lambda: loss(group="tp")),
+    "group": (TypeError, "group", "'tp'", "a ProcessGroup, a one-dimensional", lambda: loss(group="tp")),
     "sparse_mode": (ValueError, "sparse_mode", "'gost'", "did you mean 'ghost'", lambda: loss(sparse_mode="gost")),
     # the two sides
     "student type": (TypeError, "student", "list", "a tensor of logits or kd.LinearLogits", lambda: loss([1.0])),
