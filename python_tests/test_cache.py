@@ -274,6 +274,15 @@ def test_merging_copies_where_it_cannot_link(tmp_path: Path, monkeypatch: pytest
     assert CacheReader(tmp_path / "all").verify() == []
 
 
+def test_parts_still_being_written_are_not_removed(tmp_path: Path) -> None:
+    cases.build(tmp_path / "part", range(3))
+    with CacheWriter.create(tmp_path / "all", cases.SETTINGS) as writer, CacheWriter(tmp_path / "part"):
+        with pytest.raises(CacheError, match=r"part' is being written by another process"):
+            merge(writer, [tmp_path / "part"], remove=True)
+        assert merge(writer, [tmp_path / "part"]) == 3
+    assert CacheReader(tmp_path / "part").verify() == []
+
+
 def test_parts_that_do_not_fit(tmp_path: Path) -> None:
     cases.build(tmp_path / "a", range(4))
     cases.build(tmp_path / "b", range(3, 6))

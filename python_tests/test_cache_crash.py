@@ -67,6 +67,87 @@ def test_killed_at_random_moments_nothing_acknowledged_is_lost_or_doubled(tmp_pa
     assert len(acknowledged) > 20
 
 
+def _dies_before(step: int, work: Callable[[], None]) -> bool:
+    """Run `work` in a child that dies before its `step`-th change to the disk; False when it came to its end."""
+    child = os.fork()
+    if child:
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert status in (0, 1), "not as meant"
+        return status == 1
+    left = [step]
+
+    def mortal(change: Callable[..., Any]) -> Callable[..., Any]:
+        def changing(*given: Any, **options: Any) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                os._exit(1)
+            return change(*given, **options)
+
+        return changing
+
+    for place, name in (
+        (os, "fsync"), (os, "link"), (os, "unlink"), (os, "rmdir"), (os, "mkdir"),
+        (Path, "replace"), (Path, "rename"), (Path, "unlink"), (Path, "open"),
+    ):  # fmt: skip
+        setattr(place, name, mortal(getattr(place, name)))
+    try:
+        work()
+    except BaseException:
+        os._exit(2)
+    os._exit(0)
+
+
+def test_death_before_any_single_step_of_a_commit(tmp_path: Path) -> None:
+    deaths = 0
+    for step in range(1, 100):
+        folder = tmp_path / str(step)
+
+        def work(folder: Path = folder) -> None:
+            with CacheWriter.create(folder, cases.SETTINGS, resume=True) as writer:
+                for number in (1, 0):
+                    cases.append(writer, number)
+                    writer.commit()
+                    os.close(os.open(tmp_path / f"{folder.name}-{number}", os.O_CREAT))  # acknowledged
+
+        if not _dies_before(step, work):
+            break
+        deaths += 1
+        acknowledged = {number for number in range(2) if (tmp_path / f"{step}-{number}").exists()}
+        with CacheWriter.create(folder, cases.SETTINGS, resume=True) as writer:
+            assert acknowledged <= set(writer.reader.ids().tolist())
+            for number in range(2):
+                if number not in writer:
+                    cases.append(writer, number)
+        reader = CacheReader(folder)
+        assert reader.verify() == []
+        assert reader.ids().tolist() == [0, 1]
+        assert not list(folder.glob(".*.tmp"))
+    assert deaths > 20
+
+
+def test_death_before_any_single_step_of_a_merge(tmp_path: Path) -> None:
+    deaths = 0
+    for part in (0, 1):
+        cases.build(tmp_path / "0" / f"part{part}", range(part, 6, 2))
+    for step in range(1, 100):
+        folder = tmp_path / str(step)
+        shutil.copytree(tmp_path / "0", folder)
+
+        def work(folder: Path = folder) -> None:
+            with CacheWriter.create(folder / "all", cases.SETTINGS, resume=True) as writer:
+                merge(writer, [p for p in sorted(folder.glob("part*")) if (p / NAME).exists()], remove=True)
+
+        if not _dies_before(step, work):
+            break
+        deaths += 1
+        work()
+        reader = CacheReader(folder / "all")
+        assert reader.verify() == []
+        assert reader.ids().tolist() == list(range(6))
+        assert not list(folder.glob("part*"))
+    assert deaths > 20
+
+
 def test_what_is_durable_is_written_in_this_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shard, fsync, rename, fsync of the folder, manifest, fsync, rename, fsync of the folder."""
     writer = CacheWriter.create(tmp_path / "cache", cases.SETTINGS)

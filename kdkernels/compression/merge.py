@@ -13,8 +13,10 @@ from kdkernels._checks import fail
 from kdkernels.compression.manifest import CacheError, ShardEntry
 from kdkernels.compression.reader import CacheReader
 from kdkernels.compression.shard import Shard
-from kdkernels.compression.writer import CacheWriter
+from kdkernels.compression.writer import CacheWriter, lock
 from kdkernels.durable import temporary_of
+
+MERGED = ".merged"  # ends the name of a part that is being deleted
 
 
 def merge(writer: CacheWriter, parts: Iterable[str | Path], *, remove: bool = False) -> int:
@@ -22,10 +24,19 @@ def merge(writer: CacheWriter, parts: Iterable[str | Path], *, remove: bool = Fa
 
     Shards are hard links where the file system has them, else copies. Merging again what was merged (after a kill,
     say) changes nothing. Settings that differ and examples that two parts have are errors, found before any change.
-    remove: delete the parts once the merged cache is on disk.
+    remove: delete the parts once the merged cache is on disk; parts that are still being written are an error then.
     """
     writer.commit()
     readers = [CacheReader(part) for part in parts]
+    locks = [lock(reader.path) for reader in readers] if remove else []
+    try:
+        return _merge(writer, readers, remove)
+    finally:
+        for handle in locks:
+            os.close(handle)
+
+
+def _merge(writer: CacheWriter, readers: list[CacheReader], remove: bool) -> int:
     new: dict[str, tuple[Path, ShardEntry]] = {}
     listed = set(writer.reader.manifest.shards)
     for reader in readers:
@@ -52,7 +63,7 @@ def merge(writer: CacheWriter, parts: Iterable[str | Path], *, remove: bool = Fa
         ) from error
     if remove:
         for reader in readers:
-            shutil.rmtree(reader.path)
+            shutil.rmtree(reader.path.rename(reader.path.with_name(f".{reader.path.name}{MERGED}")))
     return sum(entry.examples for _, entry in new.values())
 
 

@@ -36,7 +36,7 @@ class CacheWriter:
         """Open an existing cache, with its state after the last commit."""
         self.path = Path(path)
         read_manifest(self.path)  # complains before anything is touched
-        self._start(_lock(self.path), shard_bytes)
+        self._start(lock(self.path), shard_bytes)
 
     @classmethod
     def create(
@@ -50,23 +50,24 @@ class CacheWriter:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             fail(CacheError, "path", repr(str(path)), f"a folder that can be made ({error.strerror})", "choose another")
-        lock = _lock(folder)
+        handle = lock(folder)
         try:
             if (folder / NAME).exists():
                 _check_same(folder, read_manifest(folder).settings, settings)
             else:
                 _write_manifest(folder, Manifest(settings))
                 sync_folder(folder)
+                sync_folder(folder.parent)
         except BaseException as error:
-            os.close(lock)
+            os.close(handle)
             if isinstance(error, OSError):
                 raise CacheError(f"cache {str(folder)!r} cannot be written ({error.strerror})") from error
             raise
-        self._start(lock, shard_bytes)
+        self._start(handle, shard_bytes)
         return self
 
-    def _start(self, lock: int, shard_bytes: int) -> None:
-        self._lock = lock
+    def _start(self, handle: int, shard_bytes: int) -> None:
+        self._lock = handle
         if isinstance(shard_bytes, bool) or not isinstance(shard_bytes, int) or shard_bytes < 1:
             fail(CacheError, "shard_bytes", repr(shard_bytes), "an int, at least 1")
         self.shard_bytes = shard_bytes
@@ -242,7 +243,7 @@ def _check_same(folder: Path, recorded: Settings, asked: Settings) -> None:
         )  # fmt: skip
 
 
-def _lock(folder: Path) -> int:
+def lock(folder: Path) -> int:
     """The lock of the one writer; it goes with the process, however that ends."""
     try:
         handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)

@@ -7,6 +7,7 @@ folder, and the first merges them at the end; parts that an interrupted job left
 
 from __future__ import annotations
 
+import shutil
 import signal
 import time
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 import kdkernels as kd
+from kdkernels.compression.merge import MERGED
 from kdkernels.data import Blocks, Corpus, load_corpus
 from kdkernels.errors import UserError
 from kdkernels.trainers.cache_config import CacheConfig
@@ -117,6 +119,8 @@ def _same_text(cache: kd.TeacherCache, metadata: dict[str, Any]) -> None:
 
 def _merge_parts(cache: kd.TeacherCache) -> None:
     folder = cache.path / PARTS
+    for left in folder.glob(f".*{MERGED}"):  # a job was killed while it deleted them
+        shutil.rmtree(left)
     parts = sorted(path for path in folder.iterdir() if (path / "manifest.json").is_file()) if folder.is_dir() else []
     cache.merge(parts, remove=True)
     if folder.is_dir() and not any(folder.iterdir()):

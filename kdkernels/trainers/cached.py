@@ -27,14 +27,14 @@ class CachedTeacher:
         self.hashes, self.ids = cache.reader.inputs()
 
     def find(self, input_ids: torch.Tensor) -> int | None:
-        """The example that was computed from these tokens [L]."""
-        key = np.uint64(input_hash(input_ids.cpu().numpy()))
+        """The example that was computed from these tokens [L], on the CPU."""
+        key = np.uint64(input_hash(input_ids.numpy()))
         place = int(self.hashes.searchsorted(key))
         return int(self.ids[place]) if place < len(self.hashes) and self.hashes[place] == key else None
 
     def of(self, input_ids: torch.Tensor, temperature: float) -> kd.SparseLogits:
         """The teacher's distributions over a batch [B, L] at a temperature, on its device."""
-        found = [self.find(row) for row in input_ids]
+        found = [self.find(row) for row in input_ids.cpu()]
         if None in found:
             raise UserError(f"cache {str(self.cache.path)!r} does not hold block {found.index(None)} of a batch")
         batch = stack([self.cache[number] for number in found if number is not None])
