@@ -191,11 +191,11 @@ def distillation_loss(
     sparse = isinstance(teacher, SparseLogits)
     kernel, serving = _resolve(divergence, backend, student.device.type, student.dtype, sparse)
     arguments_sparse.check_mode(teacher, sparse_mode, temperature, kernel.name)
-    if isinstance(teacher, SparseLogits):
-        arguments_sparse.check_ids(teacher, counted, vocab)
     spec = RowSpec(kernel.name, kernel.a, kernel.b, float(temperature), vocab, sparse_mode if sparse else "")
     call = Call(spec, weights, serving, reduction == "none", return_stats)
     loss, stats = call.run(student, teacher, inplace, chunk_bytes)
+    if isinstance(teacher, SparseLogits):
+        arguments_sparse.check_ids(loss, teacher, counted, vocab)
     if isinstance(teacher, SparseLogits) and teacher.entropy is not None and return_stats:
         known = torch.where(counted, teacher.entropy.detach().reshape(-1).to(stats.dtype), 0.0)
         own = stats[:, 1:2]
