@@ -162,6 +162,24 @@ def test_hidden_states_computed_elsewhere(tmp_path: Path) -> None:
         assert torch.allclose(p, q, rtol=1e-5, atol=1e-7)
 
 
+def test_a_teacher_cache(tmp_path: Path) -> None:
+    """Every entry kept in float32: the same steps as with the teacher itself."""
+    student, teacher = tiny.llama(2), tiny.llama(2, seed=1)
+    again = copy.deepcopy(student)
+    data = [{**row, "example_id": 10 + number} for number, row in enumerate(rows())]
+    with kd.TeacherCache.create(tmp_path / "cache", vocab_size=304, k=304, bits=32) as cache, torch.no_grad():
+        for row in data:
+            kept = kd.compress(teacher(row["input_ids"][None]).logits[0], k=304)
+            cache.append(row["example_id"], kept, input_ids=row["input_ids"])
+        cache.commit()
+    trainer(tmp_path, student, kd.TeacherCache.open(tmp_path / "cache"), data).train()
+    trainer(tmp_path, again, teacher).train()
+    for p, q in zip(student.parameters(), again.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=1e-4, atol=1e-6)
+    with pytest.raises(UserError, match="example_id = None"):
+        trainer(tmp_path, student, kd.TeacherCache.open(tmp_path / "cache")).train()
+
+
 @pytest.mark.parametrize("head", [False, True])
 def test_lora_students(tmp_path: Path, head: bool) -> None:
     peft = pytest.importorskip("peft")

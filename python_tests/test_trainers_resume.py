@@ -77,7 +77,11 @@ def test_resuming_something_else_is_refused(place: Path, tmp_path: Path) -> None
 def test_changed_data_is_noticed(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.write_corpus(tmp_path / "data")
     options = {"data": str(tmp_path / "data"), "save_every": 1}
-    monkeypatch.setattr(checkpoint, "steps_in", lambda folder: 1 / 0)  # dies right after the first checkpoint's rename
+
+    def steps_in(folder: Path) -> list[int]:
+        return [1 // 0] if folder.exists() else []  # dies right after the first checkpoint's rename
+
+    monkeypatch.setattr(checkpoint, "steps_in", steps_in)
     with pytest.raises(ZeroDivisionError):
         distill(config(place, tmp_path / "run", **options), progress=False)
     monkeypatch.undo()

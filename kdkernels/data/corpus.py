@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -63,6 +63,12 @@ def _number(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
 
 
+class Order(Protocol):
+    """Which block each draw takes."""
+
+    def __getitem__(self, draw: int) -> tuple[str, int]: ...
+
+
 class BlockOrder:
     """The order of training blocks as a pure function of the draw's number: a cursor is one integer.
 
@@ -99,9 +105,7 @@ class BlockOrder:
         return kept[1]
 
 
-def batch_of(
-    corpus: Corpus, order: BlockOrder, cursor: int, size: int, device: torch.device
-) -> dict[str, torch.Tensor]:
+def batch_of(corpus: Corpus, order: Order, cursor: int, size: int, device: torch.device) -> dict[str, torch.Tensor]:
     """`size` training blocks from draw `cursor` on, stacked to [size, length] on `device`."""
     blocks = [corpus.train[name][index] for name, index in (order[cursor + i] for i in range(size))]
     return {key: torch.stack([block[key] for block in blocks]).to(device) for key in blocks[0]}

@@ -72,8 +72,8 @@ class DomainSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         """The rest of this interval, or, if nothing is left of it, the next one."""
         if self.finished:
-            self._finish()
-        draws = self._plan()[self.rank :: self.world_size]
+            self.next_interval()
+        draws = self.plan()[self.rank :: self.world_size]
         while self._position < len(draws):
             self._position += 1
             yield int(draws[self._position - 1])
@@ -135,8 +135,8 @@ class DomainSampler(Sampler[int]):
         """Draws of each domain in the current interval, over all ranks."""
         return dict(zip(self.domains, _apportion(self._shares, self.interval_length), strict=True))
 
-    def _plan(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """All draws of the current interval, in order."""
+    def plan(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """All draws of the current interval in order, over all ranks: int64 ``[interval]``."""
         parts = []
         for number, (name, count) in enumerate(self.counts().items()):
             parts.append(self._begins[number] + self._stream(number, self.sizes[name], self._cursors[number], count))
@@ -152,7 +152,8 @@ class DomainSampler(Sampler[int]):
         shuffles = np.concatenate([rng.permutation(size) for rng in rngs])
         return shuffles[begin - first * size :][:count].astype(np.int64)
 
-    def _finish(self) -> None:
+    def next_interval(self) -> None:
+        """Go on to the next interval, with the weights set for it."""
         self._cursors = [c + n for c, n in zip(self._cursors, self.counts().values(), strict=True)]
         self.interval, self._position = self.interval + 1, 0
         if self._pending is not None:

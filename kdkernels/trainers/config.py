@@ -21,6 +21,7 @@ GROUPS = {
     "eval_before": "evaluation, metrics, checkpoints",
 }
 SCHEDULES = ("cosine", "linear", "constant")
+VARIANTS = ("ddk", "no_smoothing", "equal")
 MIXES = ("proportional", "equal")
 SCALINGS = ("none", "t2")
 Options = TypeVar("Options")
@@ -61,6 +62,11 @@ class DistillConfig:
     text_key: str = _option("text", "the field of a .jsonl line that holds the text")
     block_size: int = _option(512, "tokens per block; documents are packed, and never see one another")
     held_out: float = _option(0.05, "share of every domain's text kept for evaluation, by document and seed")
+    ddk: bool = _option(False, "draw each interval's domains by how far the student is behind the teacher (DDK)")
+    ddk_interval: int = _option(1000, "steps between two measurements")
+    ddk_alpha: float = _option(0.5, "smoothing of the domains' weights, 0 to 1")
+    ddk_variant: str = _option("ddk", "rule of the weights, for comparison", choices=VARIANTS)
+    ddk_blocks: int = _option(500, "held-out blocks of each domain that are measured")
     mix: str = _option("proportional", "domains drawn by their size, or in equal parts", choices=MIXES)
 
     divergence: str = _option("forward_kl", "divergence by name (kdkernels info lists them)")
@@ -113,7 +119,16 @@ class DistillConfig:
                 _require(value in choices, item.name, repr(value), "one of " + ", ".join(choices), "choose one")
             if isinstance(value, float):
                 _require(math.isfinite(value), item.name, str(value), "a finite number", "correct it")
-        for name in ("steps", "batch_size", "accumulate", "eval_blocks", "log_every", "keep"):
+        for name in (
+            "steps",
+            "batch_size",
+            "accumulate",
+            "eval_blocks",
+            "log_every",
+            "keep",
+            "ddk_interval",
+            "ddk_blocks",
+        ):
             _require(getattr(self, name) >= 1, name, str(getattr(self, name)), "at least 1", "raise it")
         _require(self.block_size >= 2, "block_size", str(self.block_size), "at least 2 tokens", "raise it")
         for name in ("warmup", "save_every", "eval_every", "vocab_size", "seed"):
@@ -122,8 +137,9 @@ class DistillConfig:
             _require(getattr(self, name) >= 0, name, str(getattr(self, name)), "0 or more", "raise it")
         for name in ("lr", "temperature"):
             _require(getattr(self, name) > 0, name, str(getattr(self, name)), "above 0", "raise it")
-        for name in ("beta1", "beta2", "min_lr"):
+        for name in ("beta1", "beta2", "min_lr", "ddk_alpha"):
             _require(0 <= getattr(self, name) <= 1, name, str(getattr(self, name)), "0 to 1", "correct it")
+        _require(not (self.ddk and self.cache), "ddk", "on", "off with --cache", "a teacher model is measured")
         _require(0 < self.held_out < 1, "held_out", str(self.held_out), "between 0 and 1", "0.05 is usual")
         _require(self.warmup < self.steps, "warmup", str(self.warmup), f"below steps ({self.steps})", "lower it")
         _require(self.kd_weight + self.ce_weight > 0, "kd_weight", "0", "above 0 where ce_weight is 0", "raise one")

@@ -70,11 +70,8 @@ def measure(
             zt = _cached(teacher, batch["input_ids"], zs)
             teacher_nll = torch.full((), torch.nan)
         else:
-            model, head = teacher
-            assert head is not None
-            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-                zt = head.logits(hidden_states(model, batch), dtype)
-            nothing = uniform_teacher(hs.to(dtype), head.vocab)
+            zt = _logits(teacher, batch, dtype)
+            nothing = uniform_teacher(hs.to(dtype), zt.weight.shape[0])
             teacher_nll = _stats(zt, nothing, batch["labels"], vocab_size, backend).nll
         both = _stats(zs, zt, batch["labels"], vocab_size, backend)
         parts = (
@@ -84,12 +81,18 @@ def measure(
         tokens += counted(batch["labels"])
     kl, nll, teacher_mean, top1, entropy, teacher_entropy = (sums / max(tokens, 1)).tolist()
     if isinstance(teacher, CachedTeacher):
-        known = teacher.has(1.0)
-        return Score(
-            kl if known else None, _exp(nll), None, top1 if known else None, entropy,
-            teacher_entropy if known else None, tokens,
-        )  # fmt: skip
+        if not teacher.has(1.0):
+            return Score(None, _exp(nll), None, None, entropy, None, tokens)
+        return Score(kl, _exp(nll), None, top1, entropy, teacher_entropy, tokens)
     return Score(kl, _exp(nll), _exp(teacher_mean), top1, entropy, teacher_entropy, tokens)
+
+
+def _logits(teacher: tuple[Any, Head | None], batch: dict[str, torch.Tensor], dtype: torch.dtype) -> kd.LinearLogits:
+    model, head = teacher
+    assert head is not None
+    device = batch["input_ids"].device
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        return head.logits(hidden_states(model, batch), dtype)
 
 
 def _cached(

@@ -88,7 +88,7 @@ class DistillationMixin:
         self.teacher = self._prepared(teacher)
         if sparse_mode is not None:
             self.loss_options["sparse_mode"] = sparse_mode
-        elif getattr(teacher, "kind", "") == "sampled":
+        elif getattr(getattr(teacher, "settings", None), "kind", "") == "sampled":
             self.loss_options["sparse_mode"] = "sampled"
         self._check_trainer()
         self.vocab_size = self._common_vocabulary(vocab_size)
@@ -145,7 +145,7 @@ class DistillationMixin:
         elif self.teacher_head is not None:
             theirs = self.teacher_head.weight.shape[0]
         else:
-            theirs = self.teacher.vocab_size
+            theirs = self.teacher.settings.vocab_size
         words = trainer.processing_class
         known = len(words) if hasattr(words, "__len__") else 0
         return common_vocabulary(theirs, ours, known, vocab_size or 0)
@@ -222,8 +222,11 @@ class DistillationMixin:
     def _from_cache(self, ids: Any, batch: dict[str, Any]) -> SparseLogits:
         if ids is None:
             fail(UserError, "example_id", None, "in every batch", "a TeacherCache is looked up by that column")
-        found: SparseLogits = self.teacher.batch([int(i) for i in ids], batch["input_ids"])
-        return found
+        from kdkernels.compression.dataset import stack
+
+        tokens = batch["input_ids"].cpu()
+        found = stack([self.teacher.get(int(i), input_ids=row) for i, row in zip(ids, tokens, strict=True)])
+        return found.at_temperature(self.loss_options["temperature"])
 
     # --- what is logged ---
 

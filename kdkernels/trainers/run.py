@@ -16,6 +16,7 @@ from kdkernels.data import BlockOrder, batch_of, counted
 from kdkernels.errors import UserError
 from kdkernels.trainers import checkpoint
 from kdkernels.trainers.config import DistillConfig
+from kdkernels.trainers.domain_order import domains_of
 from kdkernels.trainers.heldout import measure
 from kdkernels.trainers.logbook import Logbook, peak_rss_mib
 from kdkernels.trainers.optim import build_optimizer, learning_rate
@@ -37,8 +38,9 @@ class Run:
         self.objective, self.corpus, self.tokenizer = setup.objective, setup.corpus, setup.tokenizer
         self.student = setup.objective.student
         self.optimizer = build_optimizer(self.student, config)
+        self.domains = domains_of(config, setup, output) if config.ddk else None
         sizes = {name: len(blocks) for name, blocks in self.corpus.train.items()}
-        self.order = BlockOrder(sizes, config.mix, config.seed)
+        self.order = self.domains or BlockOrder(sizes, config.mix, config.seed)
         self.step = 0
         self.evaluated = -1  # the latest step with an evaluation
         self.tokens = 0  # tokens that counted, so far
@@ -64,6 +66,8 @@ class Run:
         for name in ("step", "evaluated", "tokens", "seconds", "before"):
             setattr(self, name, state[name])
         self.window = _Window(state["sums"], *state["window"])
+        if self.domains is not None:
+            self.domains.load_state_dict(state["domains"])
         checkpoint.set_rng_state(state["rng"])
         return int(state["log_length"])
 
@@ -79,6 +83,7 @@ class Run:
             "sums": self.window.sums,
             "window": [self.window.steps, self.window.tokens, self.window.seconds],
             "log_length": self.log.length(),
+            "domains": None if self.domains is None else self.domains.state_dict(),
             "fingerprint": self.corpus.fingerprint,
         }
         checkpoint.save(self.checkpoints, self.step, state, self.config.keep)
@@ -100,6 +105,8 @@ class Run:
             while self.step < config.steps:
                 if self._evaluation_due() and self._evaluate() is None:
                     self._leave()
+                if self.domains is not None and self.domains.due(self.step):
+                    self.log.write("ddk", **self.domains.remeasure(self.student, self.step))
                 if not self._advance():
                     self._leave()
                 bar.update()
@@ -150,8 +157,8 @@ class Run:
         loss, *means = window.means()
         if not math.isfinite(loss):
             raise UserError(
-                f"loss is {loss} at step {self.step}; lower --lr ({self.config.lr}), set --clip, or start from the "
-                "last checkpoint with other options"
+                f"loss is {loss} at step {self.step}; begin again with another --output and a lower --lr "
+                f"({self.config.lr}) or a --clip ({self.config.clip})"
             )
         names = ("divergence", "nll", "top1", "entropy")
         row = {name: value for name, value in zip(names, means, strict=True)}
@@ -234,6 +241,8 @@ class Run:
         self.log.write("end", **{key: summary[key] for key in ("steps", "tokens", "seconds", "peak_rss_mib")})
         self.log.close()
         checkpoint.write_json(self.output / "summary.json", summary)
+        if self.domains is not None:
+            self.domains.draw(self.output / "ddk.png")
         for step in checkpoint.steps_in(self.checkpoints):
             checkpoint.path_of(self.checkpoints, step).unlink()
         return summary

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import kdkernels as kd
+from kdkernels import arguments, backends
 from kdkernels.data import Corpus, load_corpus
 from kdkernels.durable import sync_folder
 from kdkernels.errors import UserError
@@ -45,6 +46,7 @@ def build(config: DistillConfig, teacher: Any = None, student: Any = None, token
     divergence = build_divergence(config.divergence, config.divergence_args)
     device = pick_device(config.device)
     dtype = torch.bfloat16 if config.bf16 else torch.float32
+    _check_options(config, divergence, device, dtype)
     cached = CachedTeacher(kd.TeacherCache.open(config.cache)) if config.cache else None
     tokenizer = tokenizer or _tokenizer(config, student is not None or config.cuts_teacher, cached)
     corpus = load_corpus(
@@ -71,6 +73,17 @@ def build(config: DistillConfig, teacher: Any = None, student: Any = None, token
     vocab = common_vocabulary(theirs, head.vocab, len(tokenizer), config.vocab_size)
     objective = Objective(config, divergence, teacher, student, teacher_head, head, vocab, dtype, device, cached)
     return Setup(objective, tokenizer, corpus)
+
+
+def _check_options(config: DistillConfig, divergence: kd.Divergence, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise `UserError` for options that the loss would refuse at the first batch."""
+    try:
+        arguments.check_scalars(
+            config.temperature, config.temperature_scaling, config.kd_weight, config.ce_weight, None, None, -100
+        )
+        backends.choose(config.backend, device, dtype, divergence.kernel().name)
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error)) from error
 
 
 def _models(
@@ -133,12 +146,10 @@ def check_output(config: DistillConfig) -> Path:
     if output.exists() and not output.is_dir():
         raise UserError(f"output is {config.output!r}, a file; allowed: a folder; choose another")
     begun = output / "config.json"
-    if begun.is_file():
+    steps, finished = checkpoint.steps_in(output / "checkpoints"), (output / "summary.json").is_file()
+    if begun.is_file() and (steps or finished):  # a run that saved nothing has nothing to lose, nor to go on from
         if not config.resume:
-            steps = checkpoint.steps_in(output / "checkpoints")
-            state = (
-                "a finished run" if (output / "summary.json").is_file() else f"a run at step {max(steps, default=0)}"
-            )
+            state = "a finished run" if finished else f"a run at step {max(steps)}"
             raise UserError(f"output {config.output!r} holds {state}; add --resume, or choose another --output")
         _same_run(config, begun)
     try:
