@@ -195,10 +195,8 @@ def measure_access(
     }
 
 
-def run(count: int, rounds: int, scratch: Path) -> dict[str, Any]:
-    torch.set_num_threads(1)
-    disturbance = machine.Disturbance()
-    rows = examples(count)
+def _write_all(rows: list[Example], scratch: Path) -> tuple[dict[str, Path], dict[str, list[float]]]:
+    """(where each container's files stay, seconds of its three writes); `disk` is a plain file of the cache's bytes."""
     writers: dict[str, Callable[[Path, list[Example]], Path]] = {
         "ours": write_ours,
         "safetensors": write_safetensors,
@@ -210,11 +208,19 @@ def run(count: int, rounds: int, scratch: Path) -> dict[str, Any]:
     for turn in range(3):
         for name, write in writers.items():
             with tempfile.TemporaryDirectory(dir=scratch) as throwaway:
-                folder = scratch if turn == 0 else Path(throwaway)
                 begin = time.perf_counter()
-                places.setdefault(name, write(folder, rows))
+                place = write(scratch if turn == 0 else Path(throwaway), rows)
                 seconds[name].append(time.perf_counter() - begin)
+            places.setdefault(name, place)
         seconds["disk"].append(_plain(scratch, places["ours"]))
+    return places, seconds
+
+
+def run(count: int, rounds: int, scratch: Path) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    disturbance = machine.Disturbance()
+    rows = examples(count)
+    places, seconds = _write_all(rows, scratch)
     ours, cache = CacheReader(places["ours"]), TeacherCache.open(places["ours"])
     access: dict[str, Access] = {
         "cache": cache.get,
@@ -225,8 +231,7 @@ def run(count: int, rounds: int, scratch: Path) -> dict[str, Any]:
         "parquet-64": read_parquet(places["parquet-64"], 64),
     }
     check(access, rows)
-    folders = {name: places.get(name, places["ours"]) for name in access}
-    times = measure_access(access, folders, count, rounds)
+    times = measure_access(access, {name: places.get(name, places["ours"]) for name in access}, count, rounds)
     nbytes = {name: sum(path.stat().st_size for path in place.iterdir()) for name, place in places.items()}
     raw = count * LENGTH * K * 8
     return {
@@ -237,9 +242,7 @@ def run(count: int, rounds: int, scratch: Path) -> dict[str, Any]:
         "examples": count,
         "tokens": count * LENGTH,
         "bytes_per_token": {name: round(size / count / LENGTH, 1) for name, size in nbytes.items()},
-        "write_mb_s": {
-            name: spread([raw / s / 1e6 for s in runs]).as_list() for name, runs in seconds.items() if name != "disk"
-        },
+        "write_mb_s": {name: spread([raw / s / 1e6 for s in seconds[name]]).as_list() for name in places},
         "disk_mb_s": spread([nbytes["ours"] / s / 1e6 for s in seconds["disk"]]).as_list(),
         "access_us": times,
         "targets": TARGETS,

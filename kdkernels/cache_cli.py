@@ -32,7 +32,6 @@ def with_command(arguments: list[str]) -> list[str]:
 
 def add_parser(commands: Any, add_options: Callable[..., None]) -> None:
     """Put `cache` and its commands into the command line; `add_options` makes flags of a dataclass."""
-    from kdkernels.compression.importers import FORMATS
     from kdkernels.trainers.cache_config import GROUPS, CacheConfig
 
     cache = commands.add_parser(
@@ -58,6 +57,12 @@ def add_parser(commands: Any, add_options: Callable[..., None]) -> None:
     for parser in (verify, stat):
         parser.add_argument("path", metavar="CACHE", help="folder of the cache")
     verify.add_argument("--quiet", action="store_true", help="no progress bar")
+    _add_import(inner)
+
+
+def _add_import(inner: Any) -> None:
+    from kdkernels.compression.importers import FORMATS
+
     source = inner.add_parser("import", help="make a cache of top-k files that another program wrote")
     source.add_argument("source", help="folder of .npz or .npy files, or a Hugging Face dataset on disk")
     source.add_argument("--out", required=True, metavar="DIR", help="folder of the cache")

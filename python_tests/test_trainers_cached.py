@@ -13,6 +13,7 @@ import torch
 from trainer_runs import config, lines, one_thread, weights, words
 
 import kdkernels as kd
+from kdkernels.cli import table
 from kdkernels.errors import UserError
 from kdkernels.trainers import CacheConfig, DistillConfig, build_cache, distill, models
 from kdkernels.trainers.cached import CachedTeacher
@@ -309,6 +310,26 @@ def test_a_resumed_run_is_bit_identical(place: Path, tmp_path: Path, whole: Path
     distill(from_cache(place, whole, tmp_path / "cut", resume=True, **options), progress=False)
     for name, value in weights(tmp_path / "whole").items():
         assert torch.equal(weights(tmp_path / "cut")[name], value)
+
+
+def test_a_cache_without_temperature_1_scores_the_student_alone(place: Path, tmp_path: Path, whole: Path) -> None:
+    dense, setup = kd.TeacherCache.open(whole), build(config(place, "unused"))
+    blocks = [part[name] for name in setup.corpus.train for part in (setup.corpus.train, setup.corpus.held_out)]
+    inputs = [block["input_ids"] for part in blocks for block in (part[i] for i in range(len(part)))]
+    settings = {**dense.settings.to_dict(), "temperature": 2.0}
+    with kd.TeacherCache.create(tmp_path / "cache", **settings) as cache:
+        for number, tokens in enumerate(inputs):
+            rows = dense[number]
+            cache.append(number, kd.compress(rows.to_dense(), VOCAB, temperature=2.0), tokens)
+    result = distill(from_cache(place, tmp_path / "cache", tmp_path / "run", temperature=2.0, steps=3), progress=False)
+    for name, after in result.summary["after"].items():
+        assert (after["kl"], after["top1"], after["teacher_entropy"]) == (None, None, None)
+        assert after["ppl"] < result.summary["before"][name]["ppl"] * 1.5
+    distill(config(place, tmp_path / "dense", temperature=2.0, steps=3), progress=False)
+    wanted = [row["divergence"] for row in lines(tmp_path / "dense") if row["event"] == "step"]
+    steps = [row["divergence"] for row in lines(tmp_path / "run") if row["event"] == "step"]
+    assert steps == pytest.approx(wanted, rel=1e-3)
+    assert "-" in table(result.summary)
 
 
 def test_a_wider_student_is_cut_to_the_cache(place: Path, tmp_path: Path, whole: Path, words: Any) -> None:
