@@ -157,7 +157,8 @@ def table(summary: dict[str, Any]) -> str:
     for name, after in summary["after"].items():
         before = summary["before"].get(name, {})
         figures = (before.get("kl"), after["kl"], before.get("ppl"), after["ppl"], after["teacher_ppl"])
-        rows.append((name, *map(_number, figures), f"{after['top1']:.1%}"))
+        top1 = "-" if after["top1"] is None else f"{after['top1']:.1%}"
+        rows.append((name, *map(_number, figures), top1))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(
