@@ -19,7 +19,10 @@ rank, world, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=world)
 group = dist.group.WORLD
-SPLITS = {2: [(500, 501), (1001, 0), (0, 1001), (1, 1000)], 3: [(334, 333, 334), (0, 1001, 0), (700, 0, 301), (3, 990, 8)]}
+SPLITS = {
+    2: [(500, 501), (1001, 0), (0, 1001), (1, 1000)],
+    3: [(334, 333, 334), (0, 1001, 0), (700, 0, 301), (3, 990, 8)],
+}
 
 
 def same(found, whole, tolerance=2e-6):
@@ -68,7 +71,8 @@ for split in SPLITS[world]:
         whole = kd.compress(z, samples=40, generator=torch.Generator().manual_seed(9), entropy=True)
         generator = torch.Generator().manual_seed(9 if rank == 0 else 100 + rank)  # the first rank's decide
         same(kd.compress(mine, samples=40, generator=generator, entropy=True, group=group), whole)
-    hidden, weight, bias = (torch.randn(s, generator=torch.Generator().manual_seed(1)) for s in ((5, 8), (1001, 8), (1001,)))
+    shapes = ((5, 8), (1001, 8), (1001,))
+    hidden, weight, bias = (torch.randn(s, generator=torch.Generator().manual_seed(1)) for s in shapes)
     head = kd.LinearLogits(hidden, weight[begin:end], bias[begin:end], scale=0.5)
     whole = kd.LinearLogits(hidden, weight, bias, scale=0.5)
     same(kd.compress(head, 30, group=group, entropy=True), kd.compress(whole, 30, entropy=True))
