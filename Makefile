@@ -72,6 +72,7 @@ demo: $(VENV)/.demo
 bench: $(VENV)/.rivals
 	$(PYTEST) python_tests/test_benchmarks*.py  # rivals are here: none is skipped
 	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.cache
 
 # Without a GPU: one line and exit status 2, before anything is installed.
 gpu:
