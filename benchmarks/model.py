@@ -142,14 +142,16 @@ def main(name: str, words: str = "", out: Path | None = None) -> int:
 
     Args:
         name: of `DEVICES`.
-        words: comma-separated.
+        words: comma-separated; "topk" alone asks for the bounds of selection (`topk`).
         out: the JSON; by default benchmarks/results/model-<name>.json, if all cases are counted.
 
     Returns:
         The exit status.
     """
-    from benchmarks import gpu_report
+    from benchmarks import gpu_report, topk
 
+    if words == topk.WORD:
+        return topk.show([name], out)
     error = counted.CONTESTANTS[0].absent()
     try:
         cases = shapes.select(CASES, words)
