@@ -14,7 +14,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ VOCABULARIES = (32000, 49152, 128256, 151936, 262144)
 DEVICE_NAMES = ("h100", "h200", "b200")
 """An A100 has no clusters. One block alone keeps rows of up to 40 thousand bf16 entries there, whose second sweep is
 served by its cache anyway."""
-TOKENS = 512
+TOKENS, FEW = 512, 16
+"""Rows of a training step; and few, which the Triton kernels spread over as many multiprocessors."""
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -98,7 +99,7 @@ def count_on_chip(case: Case, target: int) -> Step:
 def kept_share(case: Case, device: Device) -> float:
     """Of a second sweep over all rows that run at a time: what the second-level cache can hold of them."""
     warps = launch.shape(case.V, case.itemsize, online=True, stats=False, major=device.major).warps
-    rows = device.multiprocessors * max(1, 32 // warps)
+    rows = min(case.N, device.multiprocessors * max(1, 32 // warps))
     return min(1.0, device.l2_bytes / (rows * 2 * case.V * case.itemsize))
 
 
@@ -112,27 +113,33 @@ def compare(case: Case, name: str, triton: Step, chip: Step) -> Comparison:
     least = model.seconds(triton, device, pairs, cached=True)
     memory = {"uncached": needs["memory"], "cached": least["memory"]}
     memory["shared"] = kept * memory["cached"] + (1 - kept) * memory["uncached"]
-    work = max(needs["issue"], needs["special"])
-    used = device.multiprocessors // plan.cluster * plan.cluster / device.multiprocessors
+    busy = min(1.0, case.N / device.multiprocessors)  # a row is one block's
+    work = max(needs["issue"], needs["special"]) / busy
+    clusters = min(case.N, device.multiprocessors // plan.cluster)
+    used = clusters * plan.cluster / device.multiprocessors
     here = model.seconds(chip, device, pairs)
     on_chip = max(here["memory"], here["issue"] / used, here["special"] / used)
     bounds = {which: max(seconds, work) for which, seconds in memory.items()}
     return Comparison(name, case, triton, chip, plan.cluster, kept, on_chip=on_chip, **bounds)
 
 
-def comparisons(vocabularies: tuple[int, ...] = VOCABULARIES) -> Iterator[Comparison]:
-    """Forward KL on every GPU; reverse KL has one special function less and is bound alike."""
+def cases() -> list[Case]:
+    """What is compared, on every GPU. Reverse KL has one special function less and is bound alike."""
+    found = [Case("dense", "forward_kl", dtype, TOKENS, vocab) for dtype in _DTYPES for vocab in VOCABULARIES]
+    found += [Case("dense", "forward_kl", dtype, FEW, 128256) for dtype in _DTYPES]
+    return [case for case in found if onchip.plan(case.V * case.itemsize) is not None]
+
+
+def comparisons() -> Iterator[Comparison]:
+    """All of them; counts do not depend on the number of rows."""
     counts: dict[tuple[Case, int], tuple[Step, Step]] = {}
     for name in DEVICE_NAMES:
         target = DEVICES[name].target
-        for dtype in _DTYPES:
-            for vocab in vocabularies:
-                case = Case("dense", "forward_kl", dtype, TOKENS, vocab)
-                if onchip.plan(vocab * case.itemsize) is None:
-                    continue
-                if (case, target) not in counts:
-                    counts[case, target] = count_triton(case, target), count_on_chip(case, target)
-                yield compare(case, name, *counts[case, target])
+        for case in cases():
+            key = replace(case, N=ROWS), target
+            if key not in counts:
+                counts[key] = count_triton(case, target), count_on_chip(case, target)
+            yield compare(case, name, *counts[key])
 
 
 def entry(found: Comparison) -> dict[str, Any]:

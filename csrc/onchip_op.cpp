@@ -74,7 +74,7 @@ void kl_onchip_(const Tensor& student, const Tensor& teacher, const Tensor& w_kd
   check_numbers("w_kd", w_kd, student);
   check_numbers("loss", loss, student);
   if (dlogits) check_rows("dlogits", *dlogits, student, vocab, bytes);
-  require(student.size(0) <= kMost, "student has ", student.size(0), " rows; at most 2^31 - 1");
+  require(student.size(0) <= kMost / 2, "student has ", student.size(0), " rows; at most 2^30");
   if (student.size(0) == 0) return;
 
   // Outputs first: asking for a writable pointer may move a copy-on-write tensor that an input shares.

@@ -132,15 +132,18 @@ def machine(device: torch.device) -> tuple[int, int]:
     return properties.multi_processor_count, properties.L2_cache_size
 
 
-def gains(student: Tensor, vocab: int) -> bool:
-    """Whether the Triton kernels, which sweep a row twice, would read a fifth of it or more from memory twice.
+def gains(student: Tensor, vocab: int, cluster: int) -> bool:
+    """Whether the kernels have a lower bound than Triton's (benchmarks/onchip.py, docs/gpu.md), in one of two cases.
 
-    They do so unless the second-level cache keeps the rows that run at a time, one a multiprocessor when rows are that
-    long. Where it does, both kernels have the same bound (benchmarks/onchip.py, docs/gpu.md), and clusters of 8 blocks
-    may leave some multiprocessors idle.
+    Triton's sweep a row twice, and read a fifth of it or more from memory twice unless the second-level cache keeps the
+    rows that run at a time, one a multiprocessor when rows are that long. Where it does, both have the same bound, and
+    clusters of 8 blocks may leave some multiprocessors idle. And Triton's give a row to one multiprocessor: where few
+    rows leave others idle, a cluster uses several.
     """
     multiprocessors, cache = machine(student.device)
-    return 2 * vocab * student.element_size() * min(multiprocessors, student.shape[0]) * KEPT > cache
+    rows = student.shape[0]
+    few = cluster > 1 and rows * cluster <= multiprocessors
+    return few or 2 * vocab * student.element_size() * min(multiprocessors, rows) * KEPT > cache
 
 
 def unsuited(student: Side, teacher: Side, weights: RowWeights, dlogits: Tensor | None, stats: Tensor | None) -> str:
@@ -173,7 +176,7 @@ def divergence_rows_(
     x = student.x
     chosen = plan(spec.vocab * x.element_size())
     why = unsuited(student, teacher, weights, dlogits, stats)
-    if why or chosen is None or not loss.shape[0] or not gains(x, spec.vocab):
+    if why or chosen is None or not loss.shape[0] or not gains(x, spec.vocab, chosen.cluster):
         from kdkernels.triton import host  # imports triton
 
         host.divergence_rows_(student, teacher, weights, spec, loss, dlogits, stats)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import cases
 import onchip_budgets as budgets
@@ -93,14 +94,21 @@ def test_rows_between_16_byte_boundaries_are_left_to_triton(vocab: int, served: 
     assert not emulator.reports
 
 
+def preferred(student: torch.Tensor, vocab: int) -> bool:
+    plan = onchip.plan(vocab * student.element_size())
+    assert plan is not None
+    return onchip.gains(student, vocab, plan.cluster)
+
+
 def test_rows_that_a_cache_keeps_are_left_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     on(monkeypatch, "h100")
-    many, few = torch.empty(512, 8, dtype=torch.bfloat16), torch.empty(4, 8, dtype=torch.bfloat16)
-    assert [onchip.gains(many, v) for v in (32000, 49152, 128256, 151936)] == [False, False, True, True]
-    assert not onchip.gains(few, 151936)
+    many, few = torch.empty(512, 8, dtype=torch.bfloat16), torch.empty(33, 8, dtype=torch.bfloat16)
+    assert [preferred(many, v) for v in (32000, 49152, 128256, 151936)] == [False, False, True, True]
+    assert [preferred(few, v) for v in (32000, 49152, 128256, 262144)] == [False, True, True, False]
+    assert [preferred(many[:rows], 128256) for rows in (33, 34, 90, 128)] == [True, False, False, True]
     on(monkeypatch, "b200")
-    assert not onchip.gains(many, 151936)
-    assert onchip.gains(many.float(), 151936)
+    assert not preferred(many, 151936)
+    assert preferred(many.float(), 151936)
 
 
 def test_it_is_preferred_where_the_model_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +119,7 @@ def test_it_is_preferred_where_the_model_says_so(monkeypatch: pytest.MonkeyPatch
         match = re.fullmatch(r"dense-forward_kl-(\w+)-(\d+)x(\d+)", one["case"])
         assert match is not None
         dtype, rows, vocab = budgets.DTYPES[match[1]], int(match[2]), int(match[3])
-        assert onchip.gains(torch.empty(rows, 1, dtype=dtype), vocab) == (one["gain"] > 1.1), one
+        assert preferred(torch.empty(rows, 1, dtype=dtype), vocab) == (one["gain"] > 1.1), one
     assert max(one["gain"] for one in entries) > 1.4
     assert all(one["chip"]["bytes_loaded"] <= 1.01 * 2 * (2 if "bf16" in one["case"] else 4) for one in entries)
 
@@ -129,9 +137,10 @@ def test_bounds_from_counts() -> None:
     assert found.cached == pytest.approx(6 * pairs / rate)
     assert found.kept == pytest.approx(50 * 2**20 / (132 * 4 * 128256))
     assert found.shared == pytest.approx((10 - 4 * found.kept) * pairs / rate)
-    slow = bounds.compare(
-        case, "h100", triton_step, Step("on chip", "compiled", 1, 4 / 32, 2 / 32, 4 / 32, 99, 99, 4.0)
-    )
+    few = bounds.compare(replace(case, N=8), "h100", triton_step, chip)
+    assert few.uncached == few.cached == pytest.approx(128256 * 4.1 / (16 * 1.98e9))  # each row by one multiprocessor
+    assert few.on_chip == pytest.approx(128256 * 4.0 / (4 * 16 * 1.98e9))
+    slow = bounds.compare(case, "h100", triton_step, replace(chip, warp_instructions=99.0))
     assert slow.on_chip == pytest.approx(99 * pairs / DEVICES["h100"].warp_instructions_per_second)
     assert bounds.entry(found)["gain"] == pytest.approx(found.gain, abs=1e-3)
     assert "h100 bf16 512 x 128256" in bounds.text([bounds.entry(found)])

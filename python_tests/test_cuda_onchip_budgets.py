@@ -83,10 +83,13 @@ def damaged(text: str, name: str) -> Iterator[tuple[str, str]]:
         yield what, text[: start + match.start()] + instead + text[start + match.end() :]
 
 
-def loss_and_gradient(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+def results(student: Tensor, teacher: Tensor) -> tuple[Tensor, ...]:
+    """Loss with and without the gradient, and the gradient."""
     leaf = student.clone().requires_grad_()
     loss = kd.distillation_loss(leaf, teacher, "reverse_kl", backend="cuda", reduction="none")
-    return loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0]
+    (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+    alone = kd.distillation_loss(student, teacher, "reverse_kl", backend="cuda", reduction="none")
+    return loss.detach(), alone, gradient
 
 
 def test_damage_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,12 +99,13 @@ def test_damage_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     with_clusters(monkeypatch, 2)
     parts = [cases.pair(kind, 1, 16388, torch.float32) for kind in ("ordinary", "near", "masked", "ordinary")]
     student, teacher = (torch.cat(side) for side in zip(*parts, strict=True))
-    whole = loss_and_gradient(student, teacher)
+    whole = results(student, teacher)
+    assert torch.equal(whole[0], whole[1])
     found = []
     for what, text in damaged(kernel_text(90), onchip.kernel_name("reverse_kl", torch.float32)):
         emulator.mutate = lambda _, text=text: text
         try:
-            result = loss_and_gradient(student, teacher)
+            result = results(student, teacher)
         except PTXError:
             found.append(what)
             continue

@@ -166,15 +166,15 @@ struct Row {
   // Writes f(z of the student, z of the teacher) as the gradient and frees the row's stages.
   template <int kUnroll, class F>
   __device__ __forceinline__ void finish(F&& f) {
-    T* to = a.dlogits ? static_cast<T*>(a.dlogits) + r * a.dlogits_stride : nullptr;
+    if (!a.dlogits) return ring.template leaving<1>(p, a, [](const float*, const float*, int) {});
+    T* to = static_cast<T*>(a.dlogits) + r * a.dlogits_stride;
     ring.template leaving<kUnroll>(p, a, [&](const float* zs, const float* zt, int v) {
-      if (!to) return;
       float g[kSize];
 #pragma unroll
       for (int i = 0; i < kSize; ++i) g[i] = f(zs[i], zt[i]);
       Vector<T>::store(reinterpret_cast<uint4*>(to) + v, g);
     });
-    if (to && has_tail()) to[p.vectors * kSize + p.lane] = Vector<T>::narrow(f(tail_s, tail_t));
+    if (has_tail()) to[p.vectors * kSize + p.lane] = Vector<T>::narrow(f(tail_s, tail_t));
   }
 
   __device__ __forceinline__ void store_loss(float loss) const {
