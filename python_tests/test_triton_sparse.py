@@ -137,6 +137,30 @@ def test_all_entries_kept_equal_the_dense_teacher(divergence: str, served: Serve
     assert (grad_a - grad_b).norm() <= 3e-6 * grad_a.norm()
 
 
+@pytest.mark.parametrize("mode", ["ghost", "sampled"])
+def test_fused_heads_in_chunks(mode: str, served: Serve) -> None:
+    """A head with bias and soft cap, labels, weights: as the definition computes it."""
+    emulator = served()
+    _, teacher = cases.pair("ordinary", 5, 301, torch.float32)
+    rows = largest(teacher, 12)
+    tail = torch.full_like(rows.log_tail, -torch.inf) if mode == "sampled" else rows.log_tail
+    kind = "sampled" if mode == "sampled" else "topk"
+    known = kd.SparseLogits(rows.ids, rows.log_probs, tail, 301, kind=kind)
+    options = {"labels": torch.tensor([3, 300, 0, -100, 7]), "ce_weight": 0.4, "sparse_mode": mode,
+               "token_weights": torch.tensor([1.0, 2.0, 0.5, 1.0, 0.0]), "chunk_bytes": 2 * 301 * 4}  # fmt: skip
+    results = []
+    for backend in ("eager", "triton"):
+        head = cases.linear(5, 12, 301, torch.float32, bias=True, softcap=5.0, scale=2.0)
+        leaves = [x.detach().requires_grad_() for x in (head.hidden, head.weight, head.bias) if x is not None]
+        student = kd.LinearLogits(*leaves, softcap=5.0, scale=2.0)
+        loss = kd.distillation_loss(student, known, backend=backend, **options)
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+    assert len(emulator.reports) > 2  # more than one chunk
+    for a, b in zip(*results, strict=True):
+        assert a.norm() > 0
+        assert (a - b).norm() <= 3e-6 * a.norm()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
 @pytest.mark.parametrize("mode", ["ghost", "truncate"])
 def test_memory_that_is_laid_out_otherwise_in_place(mode: str, dtype: torch.dtype, served: Serve) -> None:

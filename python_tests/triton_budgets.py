@@ -5,7 +5,8 @@
     python triton_budgets.py --missing  # adds to it what it lacks
 
 Counts are per (student, teacher) logit pair of one launch, from executed PTX; registers and spills are ptxas'.
-Sectors are relative to the least: both operands read once, the gradient written once.
+Sectors are relative to the least: both operands (the student's logits alone, where the teacher is sparse) read once,
+the gradient written once.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from emulated import serve
 from ptx.static_facts import static_facts
 
 from kdkernels.ops.rows import RowSpec, Side, divergence_rows_
+from kdkernels.ops.sparse import SparseRows, sparse_rows_
 from kdkernels.weights import RowWeights
 
 TABLE = Path(__file__).with_suffix(".json")
@@ -41,7 +43,7 @@ class Case:
     kernel: str
     dtype: str
     target: int
-    extra: str = ""  # "labels", "labels+stats", "cap"
+    extra: str = ""  # "labels", "labels+stats", "cap", "K=1024"
 
     @property
     def name(self) -> str:
@@ -65,10 +67,24 @@ class Case:
         }
 
 
+def run_sparse(case: Case, given: dict[str, Any]) -> None:
+    """Against the largest of the teacher's entries, ghost mode, forward KL."""
+    log_probs = given["teacher"].x.float().log_softmax(-1)
+    ids = log_probs.topk(1024 if case.extra == "K=1024" else 64).indices.sort(-1).values
+    outside = torch.ones_like(log_probs, dtype=torch.bool).scatter_(-1, ids, False)
+    tail = torch.where(outside, log_probs, -torch.inf).logsumexp(-1)
+    known = SparseRows(ids.int(), log_probs.gather(-1, ids), tail)
+    spec = given["spec"]._replace(kernel="forward_kl", mode="ghost")
+    rest = (given[name] for name in ("loss", "dlogits", "stats"))
+    sparse_rows_("triton", given["student"], known, given["weights"], spec, *rest)
+
+
 def cases() -> Iterator[Case]:
     """Every kernel on every target; variants of forward KL and JSD in bfloat16. Shards: JSD, one rank of one."""
     for target in (80, 90, 100):
         yield from (Case(kernel, "bf16", target) for kernel in ("adaptive_kl", *SHARDS))
+        yield from (Case("sparse", dtype, target) for dtype in DTYPES)
+        yield from (Case("sparse", "bf16", target, extra) for extra in ("labels", "labels+stats", "cap", "K=1024"))
         for kernel in ONLINE + SEPARABLE:
             dtypes = DTYPES if kernel in (*ONLINE, "jsd") else ("bf16",)
             yield from (Case(kernel, dtype, target) for dtype in dtypes)
@@ -93,12 +109,15 @@ def measure(case: Case) -> dict[str, float]:
         emulator = serve(patch, case.target)
         if case.kernel in SHARDS:
             run_shards(case.arguments())
+        elif case.kernel == "sparse":
+            run_sparse(case, case.arguments())
         else:
             divergence_rows_("triton", **case.arguments())
     at = SHARDS.index(case.kernel) if case.kernel in SHARDS else 0
     compiled, report = emulator.compiled[at], emulator.reports[at]
     facts = static_facts(compiled.ptx, case.target)
     size = DTYPES[case.dtype].itemsize
+    operands = 1 if case.kernel == "sparse" else 2
     return {
         "registers": facts.registers,
         "spills": facts.spills,
@@ -106,7 +125,7 @@ def measure(case: Case) -> dict[str, float]:
         "warps": compiled.threads // 32,
         "instructions": round(report.thread_instructions / VOCAB, 2),
         "special": round(report.special / VOCAB, 2),
-        "loads": round(report.load_sectors * 32 / (2 * VOCAB * size), 3),
+        "loads": round(report.load_sectors * 32 / (operands * VOCAB * size), 3),
         "stores": round(report.store_sectors * 32 / (VOCAB * size), 3),
     }
 

@@ -78,7 +78,7 @@ def sparse_rows_(
     if rows == 0:
         return
     x = student.x
-    sizes = launch.sparse_shape(spec.vocab, x.element_size(), launch.architecture(x.device))
+    sizes = launch.sparse_shape(spec.vocab, x.element_size(), stats is not None, launch.architecture(x.device))
     functions = divergences.elements(spec.kernel)
     words = -(-(spec.vocab + launch.VECTOR) // 32)
     arguments: dict[str, Any] = {

@@ -58,10 +58,11 @@ def shape(vocab: int, itemsize: int, online: bool, stats: bool, major: int) -> S
     return Shape(min(warps, most, _MOST_WITH_STATS if stats else most), None if online else _REGISTERS)
 
 
-def sparse_shape(vocab: int, itemsize: int, major: int) -> Shape:
+def sparse_shape(vocab: int, itemsize: int, stats: bool, major: int) -> Shape:
     """For rows of a student against a sparse teacher: one side to keep in L2. Left alone, ptxas takes 40 registers for
-    16 warps and spills 20 bytes."""
-    return Shape(shape(vocab // 2, itemsize, True, True, major).warps, 64)
+    16 warps and spills 20 bytes; with statistics 64 are too few on sm_80."""
+    warps = shape(vocab // 2, itemsize, True, True, major).warps
+    return Shape(min(warps, 8), 96) if stats else Shape(warps, 64)
 
 
 SCALING = Shape(8)
