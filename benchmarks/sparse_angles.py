@@ -88,7 +88,7 @@ def gradients(student: Student, weight: Tensor, teacher: Tensor | kd.SparseLogit
     z = (student.hidden @ weight.T).requires_grad_()
     output = kd.distillation_loss(z, teacher, sparse_mode=mode, return_stats=True)
     output.loss.backward()
-    loss = float(output.loss)
+    loss = float(output.loss.detach())
     if mode == "sampled":
         loss -= float(output.stats.teacher_entropy.mean())
     assert z.grad is not None
@@ -96,9 +96,13 @@ def gradients(student: Student, weight: Tensor, teacher: Tensor | kd.SparseLogit
 
 
 def angle(x: Tensor, y: Tensor) -> Tensor:
-    """Degrees between the last dimensions."""
-    cosine = torch.nn.functional.cosine_similarity(x.double(), y.double(), -1)
-    return cosine.clamp(-1, 1).arccos() * (180 / math.pi)
+    """Degrees between rows ``[C, D]``; by the chord between unit vectors, which small angles do not cancel."""
+    angles = []
+    for one, other in zip(x.split(256), y.split(256), strict=True):
+        units = (z / z.norm(dim=-1, keepdim=True) for z in (one.double(), other.double()))
+        chord = next(units) - next(units)
+        angles.append(2 * (chord.norm(dim=-1) / 2).clamp(max=1).arcsin() * (180 / math.pi))
+    return torch.cat(angles)
 
 
 def measure(folder: Path, windows: int) -> dict[str, Any]:
@@ -119,7 +123,7 @@ def measure(folder: Path, windows: int) -> dict[str, Any]:
                 "loss": found.loss,
                 "full_loss": reference.loss,
                 "token_angle": float(angle(found.logits, reference.logits).mean()),
-                "head_angle": float(angle(found.weight.flatten(), reference.weight.flatten())),
+                "head_angle": float(angle(found.weight.view(1, -1), reference.weight.view(1, -1))),
                 "length": float(found.weight.double().norm() / reference.weight.double().norm()),
             }
             table.append({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in entry.items()})

@@ -199,3 +199,17 @@ def test_draws_are_unbiased(backend: str) -> None:
         total += torch.autograd.grad(loss, student)[0]
     spread = math.sqrt(float((full.softmax(-1) * (1 - full.softmax(-1))).sum()) / (n * times))
     assert (total / times - dense).norm() < 3 * spread
+
+
+@pytest.mark.parametrize("name", [n for n in kd.divergences.names() if kd.divergences.DIVERGENCES[n].separable])
+def test_every_registered_divergence(name: str) -> None:
+    """Newcomers too, of which nothing is known but `term` and `grad`: gradients by differences, K = V as dense."""
+    student, full = pair("ordinary", 2, 12, torch.float64)
+    for mode in MODES:
+
+        def loss(z: torch.Tensor, mode: str = mode) -> torch.Tensor:
+            return kd.distillation_loss(z, keep(full, 4), name, sparse_mode=mode)
+
+        torch.autograd.gradcheck(loss, [student.clone().requires_grad_()], fast_mode=True)
+        whole = kd.distillation_loss(student, keep(full, 12), name, sparse_mode=mode)
+        assert abs(float(whole - kd.distillation_loss(student, full, name))) < 1e-10
