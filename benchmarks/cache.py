@@ -7,8 +7,8 @@ worst case), one thread.
   arrays, `block` the verified bytes only, for who decodes elsewhere.
 - safetensors: stacked int32 ids and float16 log-probabilities, an example by `get_slice`; no checksum. parquet-N: the
   same as lists, zstd, N examples a row group (its unit of access); no durability before the file is closed.
-- access_us: one example, from a random order; warm: files in the page cache. cold: they were dropped from it (as far
-  as the system obeys `posix_fadvise`), each example read once.
+- access_us: one example, from a random order; warm: files in the page cache. cold: they were dropped from it before
+  they were opened (as far as the system obeys `posix_fadvise`), and each example is read once.
 - write_mb_s: ids and log-probabilities as int32 and float32, 512 bytes a token, over the seconds until they are on
   disk (fsync), encoding included. What the disk gives at that moment weighs heavily: `disk_mb_s` is a plain file.
 """
@@ -172,14 +172,22 @@ def timed(access: Access, order: list[int]) -> list[float]:
     return found
 
 
-def measure_access(
-    access: dict[str, Access], folders: dict[str, Path], count: int, rounds: int
-) -> dict[str, dict[str, Any]]:
-    rng = random.Random(0)
-    cold = {}
-    for name, read in access.items():
+def measure_cold(
+    openers: dict[str, Callable[[], Access]], folders: dict[str, Path], count: int
+) -> tuple[dict[str, Access], dict[str, list[float]]]:
+    """(readers, opened after the pages were dropped: mapped ones would stay; us of their first accesses)."""
+    order = random.Random(1).sample(range(count), min(count, 60))
+    access, cold = {}, {}
+    for name, opener in openers.items():
         drop(folders[name])
-        cold[name] = spread([1e6 * s for s in timed(read, rng.sample(range(count), min(count, 60)))]).as_list()
+        access[name] = opener()
+        cold[name] = spread([1e6 * s for s in timed(access[name], order)]).as_list()
+    return access, cold
+
+
+def measure_warm(access: dict[str, Access], count: int, rounds: int) -> dict[str, list[float]]:
+    """us of an access from a random order, medians of twenty in turn."""
+    rng = random.Random(0)
 
     def sampler(read: Access) -> Callable[[], float]:
         return lambda: float(np.median(timed(read, [rng.randrange(count) for _ in range(20)])))
@@ -189,10 +197,7 @@ def measure_access(
         runs.warm_up(name)
     for _ in range(rounds):
         runs.round()
-    return {
-        name: {"warm": spread([1e6 * s for s in seconds]).as_list(), "cold": cold[name]}
-        for name, seconds in runs.medians.items()
-    }
+    return {name: spread([1e6 * s for s in seconds]).as_list() for name, seconds in runs.medians.items()}
 
 
 def _write_all(rows: list[Example], scratch: Path) -> tuple[dict[str, Path], dict[str, list[float]]]:
@@ -221,17 +226,18 @@ def run(count: int, rounds: int, scratch: Path) -> dict[str, Any]:
     disturbance = machine.Disturbance()
     rows = examples(count)
     places, seconds = _write_all(rows, scratch)
-    ours, cache = CacheReader(places["ours"]), TeacherCache.open(places["ours"])
-    access: dict[str, Access] = {
-        "cache": cache.get,
-        "reader": ours.read,
-        "block": ours.block,
-        "safetensors": read_safetensors(places["safetensors"]),
-        "parquet-1": read_parquet(places["parquet-1"], 1),
-        "parquet-64": read_parquet(places["parquet-64"], 64),
+    openers: dict[str, Callable[[], Access]] = {
+        "block": lambda: CacheReader(places["ours"]).block,
+        "reader": lambda: CacheReader(places["ours"]).read,
+        "cache": lambda: TeacherCache.open(places["ours"]).get,
+        "safetensors": lambda: read_safetensors(places["safetensors"]),
+        "parquet-1": lambda: read_parquet(places["parquet-1"], 1),
+        "parquet-64": lambda: read_parquet(places["parquet-64"], 64),
     }
+    access, cold = measure_cold(openers, {name: places.get(name, places["ours"]) for name in openers}, count)
     check(access, rows)
-    times = measure_access(access, {name: places.get(name, places["ours"]) for name in access}, count, rounds)
+    warm = measure_warm(access, count, rounds)
+    times = {name: {"warm": warm[name], "cold": cold[name]} for name in access}
     nbytes = {name: sum(path.stat().st_size for path in place.iterdir()) for name, place in places.items()}
     raw = count * LENGTH * K * 8
     return {
