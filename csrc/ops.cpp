@@ -121,6 +121,25 @@ STABLE_TORCH_LIBRARY(kdkernels_C, m) {
   m.def(
       "draw_(Tensor logits, Tensor? bias, float scale, float softcap, float temperature, int vocab, "
       "Tensor uniforms, Tensor(a!) ids) -> ()");
+  m.def(
+      "shard_norms_(Tensor student, Tensor teacher, Tensor? student_bias, Tensor? teacher_bias, float "
+      "student_scale, float student_softcap, float teacher_scale, float teacher_softcap, Tensor w_kd, "
+      "Tensor? w_ce, "
+      "Tensor? labels, int kernel, float a, float b, float temperature, int vocab, int offset, Tensor(a!) "
+      "share, "
+      "bool cold, Tensor(b!)? places) -> ()");
+  m.def(
+      "shard_sums_(Tensor student, Tensor teacher, Tensor? student_bias, Tensor? teacher_bias, float "
+      "student_scale, float student_softcap, float teacher_scale, float teacher_softcap, Tensor w_kd, "
+      "Tensor? w_ce, "
+      "Tensor? labels, int kernel, float a, float b, float temperature, int vocab, int offset, Tensor share, "
+      "Tensor merged, Tensor? again, Tensor(a!)? kept, Tensor(b!) sums) -> ()");
+  m.def(
+      "shard_gradient_(Tensor student, Tensor teacher, Tensor? student_bias, Tensor? teacher_bias, float "
+      "student_scale, float student_softcap, float teacher_scale, float teacher_softcap, Tensor w_kd, "
+      "Tensor? w_ce, "
+      "Tensor? labels, int kernel, float a, float b, float temperature, int vocab, int offset, Tensor share, "
+      "Tensor merged, Tensor? kept, Tensor(a!) dlogits) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kdkernels_C, CPU, m) { m.impl("dense_", TORCH_BOX(&kd::dense_)); }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch.distributed as dist
 from torch import Tensor
@@ -38,7 +38,7 @@ class Ranks:
     @classmethod
     def named(cls, name: str) -> Ranks:
         """The group that `name` stands for in an operator's arguments."""
-        return cls(_resolve_process_group(name))
+        return cls(_resolve_process_group(cast(Any, name)))
 
     @property
     def name(self) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import divergences
-from kdkernels.eager import _chain, _gated, _logits, _mended
+from kdkernels.eager import HOPELESS, _chain, _gated, _logits, _mended
 
 if TYPE_CHECKING:
     from kdkernels.ops.rows import RowSpec, Side
@@ -188,7 +188,9 @@ def _online(
     at, other, side = (1, 0, "t") if spec.kernel == "forward_kl" else (0, 1, "s")
     # a shard in which one side has no mass at all costs 1e4 nats times the other's: its cross is NaN, or 0 without mass
     moved = part["cross"] + (shifts[at] - shifts[other]) * part[f"sum_{side}"]
-    cross = torch.where(scales[at] == 0, part["cross"] * 0, moved * scales[at]).sum(0)
+    hopeless = (shifts[0] < HOPELESS * spec.temperature) | (shifts[1] < HOPELESS * spec.temperature)
+    own = torch.where(scales[at] == 0, part["cross"] * 0, moved * scales[at])
+    cross = torch.where(hopeless, torch.nan, own).sum(0)
     return cross / (sums[at] * spec.temperature) - sums[at].log() + sums[other].log()
 
 

@@ -305,3 +305,37 @@ def draw_(
     """Draws from each row's distribution at uniforms [N, n] (float64), into ids [N, n] (int32); logits as for `topk_`.
     Fastest where uniforms ascend. CPU only."""
     torch.ops.kdkernels_C.draw_.default(logits, bias, scale, softcap, temperature, vocab, uniforms, ids)
+
+
+def shard_kept_stride(vocab: int) -> int:
+    """Numbers a row of what `shard_sums_` keeps: whole blocks of 1024."""
+    return -(-vocab // 1024) * 1024
+
+
+def shard_norms_(*given: Any) -> None:
+    """One shard's part of the normalisers of N rows: ``(*rows, share, cold, places)``.
+
+    rows: student, teacher, their biases, scales and soft-caps, w_kd, w_ce, labels (in the whole vocabulary), kernel, a,
+    b, temperature, vocab, as `dense_` takes them but for float64, and offset, the first column's place in the whole
+    vocabulary. share float32 [N, 10] and places int64 [N, 2] (or None) are written; csrc/shards.h says what they hold.
+    Raises RuntimeError naming the argument at fault.
+    """
+    torch.ops.kdkernels_C.shard_norms_.default(*given)
+
+
+def shard_sums_(*given: Any) -> None:
+    """Sums of term and grad over one shard: ``(*rows, share, merged, again, kept, sums)``.
+
+    rows and share as for `shard_norms_`; merged float64 [N, 8]: `kdkernels.eager_shards.Rows`; again: bool [N], the
+    rows to sum with care, others being left out, or None: all, quickly. kept float32 [N, shard_kept_stride(vocab)] or
+    None, and sums float32 [N, 2] are written.
+    """
+    torch.ops.kdkernels_C.shard_sums_.default(*given)
+
+
+def shard_gradient_(*given: Any) -> None:
+    """One shard's columns of the gradient: ``(*rows, share, merged, kept, dlogits)``, as for `shard_sums_`.
+
+    dlogits [N, >= vocab], which may be the student, is written; without kept, grad is computed again.
+    """
+    torch.ops.kdkernels_C.shard_gradient_.default(*given)

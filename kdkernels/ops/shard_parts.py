@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from kdkernels import eager_shards
+from kdkernels import eager_shards, native
 from kdkernels.eager_shards import Layout, Merged, Rows
 
 if TYPE_CHECKING:
@@ -54,6 +52,94 @@ class Parts:
     ) -> None:  # fmt: skip
         """`gradient_` where `sums` has not been called on these logits."""
         self.gradient_(student, teacher, weights, spec, offset, merged, dlogits)
+
+
+class CppParts(Parts):
+    """The parts as native CPU kernels; see csrc/shards.h."""
+
+    refines = True
+
+    def __init__(self, rows: int, vocab: int, keeps: bool) -> None:
+        """``keeps``: grad is kept between the sums and the gradient, 4 bytes an element, and else computed again."""
+        stride = native.shard_kept_stride(vocab)
+        self._room = torch.empty((rows, stride), dtype=torch.float32) if keeps and vocab else None
+
+    def layout(self, spec: RowSpec, weights: RowWeights, need_stats: bool) -> Layout:
+        """Forward and reverse KL come out of the normalisers' sweep."""
+        online = spec.kernel in ("forward_kl", "reverse_kl")
+        return super().layout(spec, weights, need_stats)._replace(online=online)
+
+    def norms(
+        self, student: Side, teacher: Side, weights: RowWeights, spec: RowSpec, offset: int, layout: Layout
+    ) -> Tensor:
+        rows = weights.kd.shape[0]
+        self._share = student.x.new_zeros((rows, len(SHARE)), dtype=torch.float32)
+        places = torch.zeros((rows, 2), dtype=torch.int64) if layout.stats else None
+        if spec.vocab:
+            given = _given(student, teacher, weights, spec, offset)
+            native.shard_norms_(*given, self._share, layout.cold, places)
+        else:
+            self._share[:, [SHARE.index(name) for name in ("top_s", "top_t", "label")]] = -torch.inf
+        picked = [SHARE.index(name) for name in layout.columns() if not name.startswith("place")]
+        share = self._share[:, picked]
+        return share if places is None else torch.cat((share, places.to(torch.int32).view(torch.float32)), -1)
+
+    def sums(
+        self, student: Side, teacher: Side, weights: RowWeights, spec: RowSpec, merged: Merged, again: Tensor | None
+    ) -> Tensor:
+        rows = weights.kd.shape[0]
+        made = torch.zeros((rows, 2), dtype=torch.float32)
+        if spec.vocab:
+            given = _given(student, teacher, weights, spec, 0)
+            native.shard_sums_(*given, self._share, _table(merged), again, self._kept(spec, rows), made)
+        return made
+
+    def gradient_(
+        self, student: Side, teacher: Side, weights: RowWeights, spec: RowSpec, offset: int, merged: Merged,
+        dlogits: Tensor,
+    ) -> None:  # fmt: skip
+        self._write(student, teacher, weights, spec, offset, merged, self._kept(spec, len(dlogits)), dlogits)
+
+    def gradient_anew_(
+        self, student: Side, teacher: Side, weights: RowWeights, spec: RowSpec, offset: int, merged: Merged,
+        dlogits: Tensor,
+    ) -> None:  # fmt: skip
+        self.norms(student, teacher, weights, spec, offset, Layout(False, False, False, False))
+        self._write(student, teacher, weights, spec, offset, merged, None, dlogits)
+
+    def _write(
+        self, student: Side, teacher: Side, weights: RowWeights, spec: RowSpec, offset: int, merged: Merged,
+        kept: Tensor | None, dlogits: Tensor,
+    ) -> None:  # fmt: skip
+        if spec.vocab == 0:
+            dlogits.zero_()
+            return
+        given = _given(student, teacher, weights, spec, offset)
+        native.shard_gradient_(*given, self._share, _table(merged), kept, dlogits)
+
+    def _kept(self, spec: RowSpec, rows: int) -> Tensor | None:
+        """Not for forward and reverse KL, few of whose rows are summed at all."""
+        if self._room is None or spec.kernel in ("forward_kl", "reverse_kl"):
+            return None
+        return self._room[:rows]
+
+
+SHARE = ("top_s", "sum_s", "top_t", "sum_t", "cross", "label", "cold", "heat_s", "heat_t", "careful")
+"""Columns of what a shard knows of a row, as csrc/shards.h counts them."""
+
+
+def _table(merged: Merged) -> Tensor:
+    return torch.stack(merged.rows, -1)
+
+
+def _given(student: Side, teacher: Side, weights: RowWeights, spec: RowSpec, offset: int) -> tuple[Any, ...]:
+    """The arguments that the native leaves have in common."""
+    number = native.kernel_id(spec.kernel)
+    return (
+        student.x, teacher.x, student.bias, teacher.bias,
+        student.scale, student.softcap, teacher.scale, teacher.softcap,
+        weights.kd, weights.ce, weights.labels, number, spec.a, spec.b, spec.temperature, spec.vocab, offset,
+    )  # fmt: skip
 
 
 class TritonParts(Parts):
@@ -101,7 +187,8 @@ def _for_triton(rows: Rows, spec: RowSpec) -> Any:
     return shard_host.Merged(torch.stack(columns, -1).float(), cold, none, none)
 
 
-@contextlib.contextmanager
-def parts_of(backend: str, slots: int, rows: int, vocab: int, like: Tensor) -> Iterator[list[Parts]]:
+def parts_of(backend: str, slots: int, rows: int, vocab: int, keeps: bool) -> list[Parts]:
     """One object for each chunk that is at work at a time, with room for ``rows`` rows of ``vocab`` columns."""
-    yield [TritonParts() if backend in ("triton", "cuda") else Parts() for _ in range(slots)]
+    if backend == "cpp":
+        return [CppParts(rows, vocab, keeps) for _ in range(slots)]
+    return [TritonParts() if backend in ("triton", "cuda") else Parts() for _ in range(slots)]

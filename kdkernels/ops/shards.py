@@ -90,10 +90,8 @@ class ShardPlan:
         slots = min(IN_FLIGHT, len(parts))
         shapes = [student.chunk_shape(most, vocab), self._teacher.chunk_shape(most, vocab)] * slots
         sums: list[Pending] = []
-        with (
-            memory.workspace(shapes, like.dtype, like.device) as buffers,
-            parts_of(self.plan.backend, slots, most, vocab, like) as workers,
-        ):
+        workers = parts_of(self.plan.backend, slots, most, vocab, self.headless and (wanted.input or into is not None))
+        with memory.workspace(shapes, like.dtype, like.device) as buffers:
             free = [(worker, buffers[2 * i : 2 * i + 2]) for i, worker in enumerate(workers)]
 
             def job(first: bool, rows: Tensor | slice) -> Iterator[None]:
