@@ -4,6 +4,7 @@
 #   make quick     the tests that take seconds                                      (under 90 s once installed)
 #   make soak      the long campaigns
 #   make demo      the main job on a real model
+#   make demo-ddk  DDK against equal sampling, on the demo's text
 #   make bench     the benchmarks
 #   make gpu       the GPU tests, compute-sanitizer and the benchmarks, on a machine with an NVIDIA GPU
 #   make lint      ruff, clang-format, mypy
@@ -28,7 +29,7 @@ SUFFICIENT := not soak and not gpu
 SOURCES := pyproject.toml setup.py _kd_build.py \
   $(wildcard build_tools/*.py csrc/*.* csrc/cpu/* csrc/cuda/* kdkernels/divergences/*.py)
 
-.PHONY: install test quick soak demo bench gpu lint sanitize format clean
+.PHONY: install test quick soak demo demo-ddk bench gpu lint sanitize format clean
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -68,6 +69,9 @@ soak: $(VENV)/.installed
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m demo
+
+demo-ddk: $(VENV)/.demo
+	$(BIN)/python -m demo.ddk
 
 bench: $(VENV)/.rivals
 	$(PYTEST) python_tests/test_benchmarks*.py  # rivals are here: none is skipped

@@ -65,7 +65,7 @@ class Demo:
         self.seconds[name] = round(time.perf_counter() - begin, 2)
         write(self._record, {"options": self.options, "seconds": self.seconds})
 
-    def distil(self, run: str, **changes: str) -> None:
+    def distil(self, run: str, without: tuple[str, ...] = (), **changes: str) -> None:
         """One `kdkernels distill` in a process of its own, as a user would call it."""
         options = {
             **OPTIONS, "teacher": str(self.teacher), "student": self.arguments.student, "data": str(self.text),
@@ -73,20 +73,27 @@ class Demo:
             **changes,
         }  # fmt: skip
         line = [sys.executable, "-m", "kdkernels", "distill", "--resume", self.arguments.precision]
+        options = {name: value for name, value in options.items() if name not in without}
         line += [part for name, value in options.items() for part in (f"--{name}", value) if part]
         print("  $ kdkernels " + " ".join(line[3:]), flush=True)
         status = _wait(subprocess.Popen(line))
         if status:
             raise SystemExit(status)
 
-    def run(self) -> dict[str, Any]:
-        """Every stage; returns the metrics."""
-        from demo import figure, sources
+    def prepare(self) -> None:
+        """The teacher and the text, where none were given."""
+        from demo import sources
 
         if not self.arguments.teacher:
             self.stage("teacher", "unpack the 4-bit teacher", lambda: sources.prepare_teacher(self.teacher))
         if not self.arguments.text:
             self.stage("text", "collect text in three domains", lambda: sources.prepare_text(self.text))
+
+    def run(self) -> dict[str, Any]:
+        """Every stage; returns the metrics."""
+        from demo import figure
+
+        self.prepare()
         self.stage("distilled", "train the student on the teacher's distributions", lambda: self.distil("distilled"))
         self.stage(
             "cross_entropy",
@@ -188,10 +195,10 @@ def report(metrics: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the demo; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m demo", description="Distil SmolLM2-135M on this machine's CPU.")
-    parser.add_argument("--output", default="runs/demo", help="folder for everything the demo makes")
+def arguments_of(argv: list[str] | None, program: str, description: str, output: str) -> argparse.Namespace:
+    """The command line of a demo."""
+    parser = argparse.ArgumentParser(prog=program, description=description)
+    parser.add_argument("--output", default=output, help="folder for everything the demo makes")
     parser.add_argument("--steps", type=int, default=64, help="optimiser steps of either run")
     parser.add_argument("--student", default=STUDENT, help="which of the teacher's layers the student keeps")
     parser.add_argument("--seed", type=int, default=0)
@@ -199,7 +206,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--text", help="other text (folder with one domain per subfolder)")
     parser.add_argument("--layer-tokens", type=int, default=2048, help="tokens of the loss-layer measurement")
     parser.add_argument("--float32", dest="precision", action="store_const", const="--no-bf16", default="--bf16")
-    arguments = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the demo; returns the exit status."""
+    arguments = arguments_of(argv, "python -m demo", "Distil SmolLM2-135M on this machine's CPU.", "runs/demo")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is on this disk
     # Threads that wait must sleep: where another program wants a core too, spinning made a step 2 to 10 times slower
     # (2 cores, 2026); alone on the machine it makes no difference.

@@ -17,8 +17,8 @@ sys.path.insert(0, str(ROOT))
 sources = pytest.importorskip("demo.sources", reason="needs the checkout")
 
 
-def demo(*arguments: object) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "demo", *map(str, arguments)]
+def demo(*arguments: object, module: str = "demo") -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", module, *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(line, capture_output=True, text=True, check=False, cwd=ROOT, env=environment, timeout=300)
 
@@ -127,3 +127,18 @@ def test_loss_layer_formulas_agree() -> None:
         grads.append([batch[name].grad.clone() for name in ("student.hidden", "student.weight")])
     for ours, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_ddk_against_equal_sampling(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    tiny.write_corpus(tmp_path / "text", documents=30)
+    tiny.save(tiny.llama(4), tmp_path / "teacher")
+    options = ["--teacher", tmp_path / "teacher", "--text", tmp_path / "text", "--output", tmp_path / "out"]
+    ran = demo(*options, "--steps", 16, module="demo.ddk")
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    found = json.loads((tmp_path / "out" / "ddk.json").read_text())
+    assert [row["step"] for row in found["weights"]] == [2, 4, 6, 8, 10, 12, 14]
+    assert set(found["kl_after"]["ddk"]) == set(found["kl_after"]["equal"]) == {"code", "lists", "prose"}
+    assert found["kl_after"]["ddk"] != found["kl_after"]["equal"]
+    assert "course of the weights" in ran.stdout
