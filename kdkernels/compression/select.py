@@ -84,7 +84,7 @@ def compress(
     if samples is None and k > share.vocab:
         fail(ValueError, "k", k, f"at most the vocabulary, {share.vocab}")
     kernel = backends.SELECTION if samples is None else backends.DRAWS
-    serving = backends.choose(backend, logits.device, logits.dtype, kernel)
+    serving = _serving(backend, logits.device.type, logits.dtype, kernel)
     part = shards.part_of(logits, share, float(temperature), serving, chunk_bytes)
     if samples is not None:
         return _sampled(part, samples, generator, entropy)
@@ -95,6 +95,14 @@ def compress(
         found.entropy if entropy else None, dict(zip(others, found.other_tails.unbind(-1), strict=True)),
     )  # fmt: skip
     return _shaped(kept if top_p is None else _nucleus(kept, top_p), part.leading)
+
+
+def _serving(backend: str, device: str, dtype: torch.dtype, kernel: str) -> str:
+    """The backend of a call: the same for every call of a compiled graph, so not traced."""
+    return backends.choose(backend, torch.device(device), dtype, kernel)
+
+
+_serving._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in losses.py
 
 
 def _sampled(part: shards.Part, samples: int, generator: torch.Generator | None, entropy: bool) -> SparseLogits:
