@@ -27,6 +27,7 @@ from kdkernels import native
 SOURCES = Path(__file__).parents[1] / "csrc"
 FLAGS = (f"-I{SOURCES}",)
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+NAMES = ("f32", "f16", "bf16")
 MULTIPROCESSORS = 132
 """Of the GPU that the launches are planned for: an H100's."""
 UNTOUCHED = 77.0

@@ -47,6 +47,8 @@ def place(request: pytest.FixtureRequest) -> int | str:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", LENGTHS)
 def test_rows_of_any_length(place: int | str, width: int, dtype: torch.dtype) -> None:
+    if place == 80 and dtype != DTYPES[width % 3]:
+        return  # a dtype of each length is enough there
     for k in {1, min(width, 33), width}:
         check(place, normal(3, width, dtype, width), k)
 
@@ -90,9 +92,15 @@ def hard_rows(width: int) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("k", "multiprocessors"), [(64, ONE_BLOCK), (1000, ONE_BLOCK), (4096, ONE_BLOCK), (64, 600)], ids=str
+    ("dtype", "k", "multiprocessors"),
+    [
+        (torch.float32, 64, ONE_BLOCK),
+        (torch.bfloat16, 64, 600),
+        (torch.float32, 1000, ONE_BLOCK),
+        (torch.bfloat16, 4096, ONE_BLOCK),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_hard_rows_stay_exact_and_read_once(dtype: torch.dtype, k: int, multiprocessors: int) -> None:
     logits = hard_rows(9221).to(dtype)
     kept = check(90, logits, k, multiprocessors=multiprocessors)

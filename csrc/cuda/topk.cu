@@ -39,9 +39,9 @@ __device__ __forceinline__ void select_rows(const kd_topk_arguments& a, BlockSha
     return;
   }
   const ExpSum own = sweep.tail;
-  const float reference = block_reduce(make_float2(own.reference, 0), shared.numbers, true).x;
+  const float reference = block_reduce(make_float2(own.reference, 0), shared.numbers[0], true).x;
   const float mine = own.sum * exp2_of((own.reference - reference) * a.exponent);
-  const float sum = block_reduce(make_float2(mine, 0), shared.numbers, false).x;
+  const float sum = block_reduce(make_float2(mine, 0), shared.numbers[1], false).x;
   const int64_t part = row * a.splits + split;
   const int n = static_cast<int>(candidates.shared.count);
   for (int i = threadIdx.x; i < a.k; i += kThreads) {
@@ -89,6 +89,7 @@ __device__ __forceinline__ void merge_blocks(const kd_topk_arguments& a, BlockSh
     }
   }
   candidates.select(candidates.shared.count, drop);
+  __syncthreads();
   finish_row(a, row, candidates, tail);
 }
 

@@ -17,10 +17,11 @@ struct BlockShared {
   unsigned digit, above, inside;
   unsigned count;     // candidates that asked for a slot
   unsigned again[3];  // whether any thread has candidates left
-  float2 numbers[kWarps];
+  float2 numbers[2][kWarps];
   u64 entries[kWarps];
 };
 
+// Over the block; of two reductions in a row each has numbers of its own, so that one barrier does.
 __device__ __forceinline__ float2 block_reduce(float2 v, float2 (&shared)[kWarps], bool maximum) {
   const auto combine = [maximum](float2 a, float2 b) {
     return maximum ? make_float2(fmaxf(a.x, b.x), fmaxf(a.y, b.y)) : make_float2(a.x + b.x, a.y + b.y);
@@ -32,7 +33,6 @@ __device__ __forceinline__ float2 block_reduce(float2 v, float2 (&shared)[kWarps
     return x;
   };
   v = warp(v, 16);
-  __syncthreads();  // whoever reads the numbers of an earlier reduction has done so
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = v;
   __syncthreads();
   return warp(shared[threadIdx.x % kWarps], kWarps / 2);
@@ -134,10 +134,10 @@ struct Candidates {
         drop(entry);
       }
     }
-    __syncthreads();
   }
 
-  // The k best of n: makes room, or is the final choice. Before and after it lies a barrier.
+  // The k best of n: makes room for `put`, or is the final choice, which is complete behind a barrier. Before
+  // it lies another.
   template <class Drop>
   __device__ void select(unsigned n, Drop&& drop) {
     if (n <= k) return;
@@ -145,7 +145,8 @@ struct Candidates {
     keep_best(n, drop);
   }
 
-  // Sorts the first n slots by id, ascending (bitonic; steps within a warp by shuffles).
+  // Sorts the first n slots by id, ascending (bitonic; steps within a warp by shuffles). A thread may read
+  // its own afterwards, threadIdx.x and every kThreads-th from there; others behind a barrier.
   __device__ void sort_by_id(unsigned n) {
     unsigned size = 32;
     while (size < n) size *= 2;
@@ -164,7 +165,6 @@ struct Candidates {
       __syncthreads();
       for (unsigned i = threadIdx.x; i < size; i += kThreads) slots[i] = merge_in_warp(slots[i], i, run, 16);
     }
-    __syncthreads();
   }
 
  private:

@@ -132,6 +132,7 @@ struct Sweep {
     }
     __syncthreads();
     candidates.select(candidates.shared.count, to_tail);
+    __syncthreads();
   }
 
  private:
@@ -222,14 +223,14 @@ __device__ inline void finish_row(const kd_topk_arguments& a, int64_t row, Candi
   candidates.sort_by_id(n);
   float most = -CUDART_INF_F;
   for (unsigned i = threadIdx.x; i < n; i += kThreads) most = fmaxf(most, logit_of(candidates.slots[i]));
-  const float2 largest = block_reduce(make_float2(most, tail.reference), shared.numbers, true);
+  const float2 largest = block_reduce(make_float2(most, tail.reference), shared.numbers[0], true);
   const float top = capped(largest.x, a.softcap), reference = largest.y;
   float kept = 0;
   for (unsigned i = threadIdx.x; i < n; i += kThreads) {
     kept += exp2_of((capped(logit_of(candidates.slots[i]), a.softcap) - top) * a.exponent);
   }
   const float own = tail.sum * exp2_of((tail.reference - reference) * a.exponent);
-  const float2 sums = block_reduce(make_float2(kept, own), shared.numbers, false);
+  const float2 sums = block_reduce(make_float2(kept, own), shared.numbers[1], false);
   const float total = sums.x + sums.y * exp2_of((reference - top) * a.exponent);
   // NaN, +inf and nothing finite: NaN and no ids, as nothing here waits for the host to raise an error.
   const bool bad = !(largest.x < CUDART_INF_F) || n == 0 || !(total < CUDART_INF_F);

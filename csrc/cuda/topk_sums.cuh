@@ -67,9 +67,9 @@ __device__ void sum_tail(const kd_topk_arguments& a, BlockShared& shared) {
   if (id >= 0) add(head.logit(Vector<T>::one(walk.row + id), id), id);
   float* out = a.sums + (row * a.sum_splits + split) * (kSums + 1);
   static_assert(kSums == 4, "two by two");
-  const float2 first = block_reduce(make_float2(tail.sums[0], tail.sums[1]), shared.numbers, false);
-  const float2 second = block_reduce(make_float2(tail.sums[2], tail.sums[3]), shared.numbers, false);
-  const float2 third = block_reduce(make_float2(tail.weighted, 0), shared.numbers, false);
+  const float2 first = block_reduce(make_float2(tail.sums[0], tail.sums[1]), shared.numbers[0], false);
+  const float2 second = block_reduce(make_float2(tail.sums[2], tail.sums[3]), shared.numbers[1], false);
+  const float2 third = block_reduce(make_float2(tail.weighted, 0), shared.numbers[0], false);
   if (threadIdx.x == 0) {
     out[0] = first.x, out[1] = first.y, out[2] = second.x, out[3] = second.y, out[4] = third.x;
   }
@@ -95,8 +95,8 @@ __device__ inline void finish_sums(const kd_topk_arguments& a, BlockShared& shar
       sums.y += weight;
       weighted.y += weight * not_infinite(away * a.inverses[j]);
     }
-    sums = block_reduce(sums, shared.numbers, false);
-    weighted = block_reduce(weighted, shared.numbers, false);
+    sums = block_reduce(sums, shared.numbers[0], false);
+    weighted = block_reduce(weighted, shared.numbers[1], false);
     const float factor = exp2_of(below * a.exponents[j]), shift = below * a.inverses[j];
     const float log_total = logf(sums.y + sums.x * factor);
     if (threadIdx.x != 0) continue;
