@@ -7,7 +7,7 @@ import torch
 
 import kdkernels as kd
 import kdkernels.triton
-from kdkernels import backends
+from kdkernels import backends, native
 from kdkernels.triton import launch
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
@@ -25,11 +25,18 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def test_it_serves_every_divergence_on_a_gpu(gpu: pytest.MonkeyPatch) -> None:
+    gpu.setattr(native, "has_onchip", lambda: False)
     for name in kd.divergences.names():
         kernel = kd.divergences.get(name).kernel().name
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             assert backends.choose("auto", GPU, dtype, kernel) == "triton"
             assert "Triton" in backends.judge("triton", GPU, dtype, kernel).reason
+
+
+def test_it_serves_sparse_teachers_beside_kernels_that_do_not(gpu: pytest.MonkeyPatch) -> None:
+    gpu.setattr(native, "has_onchip", lambda: True)
+    assert backends.choose("auto", GPU, torch.bfloat16, "forward_kl") == "cuda"
+    assert backends.choose("auto", GPU, torch.bfloat16, "forward_kl", sparse=True) == "triton"
 
 
 def test_float64_goes_to_eager(gpu: pytest.MonkeyPatch) -> None:
