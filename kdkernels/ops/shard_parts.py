@@ -59,15 +59,13 @@ class CppParts(Parts):
 
     refines = True
 
-    def __init__(self, rows: int, vocab: int, keeps: bool) -> None:
-        """``keeps``: grad is kept between the sums and the gradient, 4 bytes an element, and else computed again."""
-        stride = native.shard_kept_stride(vocab)
-        self._room = torch.empty((rows, stride), dtype=torch.float32) if keeps and vocab else None
+    def __init__(self, room: Tensor | None) -> None:
+        """``room [C, kept_width]``: grad is kept there between the sums and the gradient, or computed again."""
+        self._room = room
 
     def layout(self, spec: RowSpec, weights: RowWeights, need_stats: bool) -> Layout:
         """Forward and reverse KL come out of the normalisers' sweep."""
-        online = spec.kernel in ("forward_kl", "reverse_kl")
-        return super().layout(spec, weights, need_stats)._replace(online=online)
+        return super().layout(spec, weights, need_stats)._replace(online=spec.kernel in ONLINE)
 
     def norms(
         self, student: Side, teacher: Side, weights: RowWeights, spec: RowSpec, offset: int, layout: Layout
@@ -118,10 +116,7 @@ class CppParts(Parts):
         native.shard_gradient_(*given, self._share, _table(merged), kept, dlogits)
 
     def _kept(self, spec: RowSpec, rows: int) -> Tensor | None:
-        """Not for forward and reverse KL, few of whose rows are summed at all."""
-        if self._room is None or spec.kernel in ("forward_kl", "reverse_kl"):
-            return None
-        return self._room[:rows]
+        return None if self._room is None or not spec.vocab else self._room[:rows].view(torch.float32)
 
 
 SHARE = ("top_s", "sum_s", "top_t", "sum_t", "cross", "label", "cold", "heat_s", "heat_t", "careful")
@@ -187,8 +182,19 @@ def _for_triton(rows: Rows, spec: RowSpec) -> Any:
     return shard_host.Merged(torch.stack(columns, -1).float(), cold, none, none)
 
 
-def parts_of(backend: str, slots: int, rows: int, vocab: int, keeps: bool) -> list[Parts]:
-    """One object for each chunk that is at work at a time, with room for ``rows`` rows of ``vocab`` columns."""
+ONLINE = ("forward_kl", "reverse_kl")
+"""Divergences whose sums come with the normalisers (backend "cpp")."""
+
+
+def kept_width(backend: str, spec: RowSpec, itemsize: int) -> int | None:
+    """Columns of the room of a row that its grad is kept in, in numbers of ``itemsize`` bytes; None: it never is."""
+    if backend != "cpp" or spec.kernel in ONLINE:
+        return None
+    return native.shard_kept_stride(spec.vocab) * 4 // itemsize
+
+
+def parts_of(backend: str, room: Tensor | None) -> Parts:
+    """The parts for chunks that are at work one after another; ``room`` as `kept_width` says, or None."""
     if backend == "cpp":
-        return [CppParts(rows, vocab, keeps) for _ in range(slots)]
-    return [TritonParts() if backend in ("triton", "cuda") else Parts() for _ in range(slots)]
+        return CppParts(room)
+    return TritonParts() if backend in ("triton", "cuda") else Parts()

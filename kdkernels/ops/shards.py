@@ -32,7 +32,7 @@ from kdkernels.ops.head import Gradients, Plan, Source, Wanted, _gradient_shapes
 from kdkernels.ops.library import EVERY_DEVICE, LIBRARY, anchors, once_differentiable, scale_by_incoming, summed
 from kdkernels.ops.rows import STATS, RowSpec, accumulation_dtype
 from kdkernels.ops.shard_chunks import Chunk, Shard, in_turn
-from kdkernels.ops.shard_parts import Parts, parts_of
+from kdkernels.ops.shard_parts import Parts, kept_width, parts_of
 from kdkernels.weights import RowWeights
 
 IN_FLIGHT = 2
@@ -88,11 +88,13 @@ class ShardPlan:
         if into is not None:
             gradients.input, gradients.wanted = into, Wanted(True, False, False)
         slots = min(IN_FLIGHT, len(parts))
-        shapes = [student.chunk_shape(most, vocab), self._teacher.chunk_shape(most, vocab)] * slots
+        keeps = self.headless and (wanted.input or into is not None)
+        width = kept_width(self.plan.backend, self.plan.spec, like.dtype.itemsize) if keeps else None
+        kept_room = None if width is None else (most, width)
+        shapes = [student.chunk_shape(most, vocab), self._teacher.chunk_shape(most, vocab), kept_room] * slots
         sums: list[Pending] = []
-        workers = parts_of(self.plan.backend, slots, most, vocab, self.headless and (wanted.input or into is not None))
         with memory.workspace(shapes, like.dtype, like.device) as buffers:
-            free = [(worker, buffers[2 * i : 2 * i + 2]) for i, worker in enumerate(workers)]
+            free = [(parts_of(self.plan.backend, buffers[i + 2]), buffers[i : i + 2]) for i in range(0, 3 * slots, 3)]
 
             def job(first: bool, rows: Tensor | slice) -> Iterator[None]:
                 worker, room = free.pop()
