@@ -65,7 +65,7 @@ class Demo:
         self.seconds[name] = round(time.perf_counter() - begin, 2)
         write(self._record, {"options": self.options, "seconds": self.seconds})
 
-    def distil(self, run: str, without: tuple[str, ...] = (), **changes: str) -> None:
+    def distil(self, run: str, changes: dict[str, str], without: tuple[str, ...] = ()) -> None:
         """One `kdkernels distill` in a process of its own, as a user would call it."""
         options = {
             **OPTIONS, "teacher": str(self.teacher), "student": self.arguments.student, "data": str(self.text),
@@ -94,11 +94,13 @@ class Demo:
         from demo import figure
 
         self.prepare()
-        self.stage("distilled", "train the student on the teacher's distributions", lambda: self.distil("distilled"))
+        self.stage(
+            "distilled", "train the student on the teacher's distributions", lambda: self.distil("distilled", {})
+        )
         self.stage(
             "cross_entropy",
             "the same steps on the same text with plain cross-entropy, for comparison",
-            lambda: self.distil("cross_entropy", **{"kd-weight": "0", "ce-weight": "1", "no-eval-before": ""}),
+            lambda: self.distil("cross_entropy", {"kd-weight": "0", "ce-weight": "1", "no-eval-before": ""}),
         )
         self.stage("layer", "time and peak memory of the loss layer, against eager", self._layer)
         metrics = self._metrics(json.loads((self.output / "layer.json").read_text()))

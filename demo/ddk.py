@@ -29,10 +29,10 @@ class DomainDemo(Demo):
         self.stage(
             "ddk",
             "draw more from the domains where the student is behind",
-            lambda: self.distil("ddk", ("mix",), **rule),
+            lambda: self.distil("ddk", rule, ("mix",)),
         )
-        rule["ddk-variant"] = "equal"
-        self.stage("equal", "the same steps, domains in equal parts", lambda: self.distil("equal", ("mix",), **rule))
+        rule = {**rule, "ddk-variant": "equal"}
+        self.stage("equal", "the same steps, domains in equal parts", lambda: self.distil("equal", rule, ("mix",)))
         runs = {name: json.loads((self.output / name / "summary.json").read_text()) for name in ("ddk", "equal")}
         lines = (self.output / "ddk" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         measured = [row for row in map(json.loads, lines) if row["event"] == "ddk"]
