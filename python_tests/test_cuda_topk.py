@@ -307,14 +307,14 @@ def draw_case(data: st.DataObject) -> None:
     assert_right(kept, logits, k, head, tolerance=3e-6)
 
 
-@settings(max_examples=15, phases=NO_SHRINKING)
+@settings(max_examples=10, phases=NO_SHRINKING)
 @given(st.data())
 def test_random_calls(data: st.DataObject) -> None:
     draw_case(data)
 
 
 @pytest.mark.soak
-@settings(max_examples=400, phases=NO_SHRINKING)
+@settings(max_examples=200, phases=NO_SHRINKING)
 @given(st.data())
 def test_many_random_calls(data: st.DataObject) -> None:
     draw_case(data)
