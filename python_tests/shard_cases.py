@@ -14,6 +14,7 @@ from typing import Any
 import cases
 import golden
 import oracle
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -40,21 +41,29 @@ class World:
             return [0, *(1 + vocab // (3 * (self.size - i)) for i in range(self.size - 1)), vocab]
         return [0, *[vocab // 3] * (self.size - 1), vocab] if self.size > 2 else [0, vocab, vocab]
 
+    def some(self, combinations: Iterator[Any]) -> Iterator[Any]:
+        """All of them on two ranks, a third of them on more."""
+        return itertools.islice(combinations, self.size % 3, None, 3) if self.size > 2 else combinations
+
     def columns(self, kind: str, vocab: int = V) -> slice:
         cuts = self.cuts(kind, vocab)
         return slice(cuts[self.rank], cuts[self.rank + 1])
 
 
 CUTS = ("even", "uneven", "empty")
-WORLD: Any = None
+
+
+def every_call() -> Iterator[Any]:
+    """dtype, backend, divergence, cut."""
+    return (
+        (dtype, backend, divergence, cut)
+        for dtype, backend, divergence, cut in itertools.product(TOLERANCE, ("eager", "cpp"), cases.ONE_OF_EACH, CUTS)
+        if backend == "eager" or (dtype != torch.float64 and divergence.name != "adaptive_kl")
+    )
 
 
 def loss(student: Any, teacher: Any, divergence: Any = "jsd", **options: Any) -> Any:
     return kd.distillation_loss(student, teacher, divergence, group=dist.group.WORLD, **options)
-
-
-def serving(backend: str, divergence: Any, dtype: torch.dtype) -> bool:
-    return backend == "eager" or (dtype != torch.float64 and divergence.name != "adaptive_kl")
 
 
 def close(name: str, actual: Tensor, expected: Tensor, scale: Tensor | float, tolerance: float) -> None:
@@ -76,9 +85,7 @@ def everywhere(x: Tensor) -> list[Tensor]:
 def case_logits(world: World) -> None:
     """Loss, gradient, statistics: every divergence, kind of shards, backend; the loss is the same on every rank."""
     kinds = itertools.cycle(("ordinary", "masked", "near", "finfo_min_student", "flat", "one_hot", "shifted"))
-    for dtype, backend, divergence, cut in itertools.product(TOLERANCE, ("eager", "cpp"), cases.ONE_OF_EACH, CUTS):
-        if not serving(backend, divergence, dtype):
-            continue
+    for dtype, backend, divergence, cut in world.some(every_call()):
         kind, temperature = next(kinds), 0.7 if cut == "uneven" else 1.0
         student, teacher = cases.pair(kind, 5, V, dtype)
         options = {"labels": LABELS, "ce_weight": 0.3, "temperature": temperature}
@@ -112,9 +119,7 @@ def _linear(world: World, cut: str, dtype: torch.dtype, bias: bool) -> tuple[Any
 
 def case_heads(world: World) -> None:
     """Gradients of hidden states are of the whole loss, once, on every rank; those of heads are this rank's rows."""
-    for dtype, backend, divergence, cut in itertools.product(TOLERANCE, ("eager", "cpp"), cases.ONE_OF_EACH, CUTS):
-        if not serving(backend, divergence, dtype):
-            continue
+    for dtype, backend, divergence, cut in world.some(every_call()):
         reduction = "none" if cut == "uneven" else "mean"
         student, teacher, mine, theirs, columns = _linear(world, cut, dtype, bias=cut != "even")
         leaves = [x.requires_grad_() for x in (mine.hidden, mine.weight, mine.bias) if x is not None]
@@ -237,12 +242,12 @@ def traffic(student: Any, teacher: Any, divergence: Any, **options: Any) -> list
 
 
 def case_traffic(world: World) -> None:
-    """At most 24 bytes a token for forward and reverse KL, 32 for others; labels 4 or 8, hidden states their gradient."""
+    """At most 24 bytes a token for forward and reverse KL, 32 for others; labels 4 or 8, hidden states a gradient."""
     columns, rows = world.columns("uneven"), 5
     for kind, backend in itertools.product(("ordinary", "near", "masked"), ("eager", "cpp")):
         student, teacher = (x[:, columns] for x in cases.pair(kind, rows, V, torch.float32))
         for divergence in cases.ONE_OF_EACH:
-            if not serving(backend, divergence, torch.float32):
+            if backend == "cpp" and divergence.name == "adaptive_kl":
                 continue
             sent = traffic(student.clone().requires_grad_(), teacher, divergence, backend=backend)
             name = f"{kind} {backend} {divergence}: {sent}"
@@ -313,12 +318,9 @@ def case_torch_agrees(world: World) -> None:
 
 
 def refused(error: type[Exception], *words: str, call: Any) -> None:
-    try:
+    with pytest.raises(error) as raised:
         call()
-    except error as raised:
-        assert all(word in str(raised) for word in words), f"{raised} lacks {words}"
-        return
-    raise AssertionError(f"not refused: {words}")
+    assert all(word in str(raised.value) for word in words), f"{raised.value} lacks {words}"
 
 
 def case_mismatches(world: World) -> None:
@@ -348,10 +350,9 @@ def case_mismatches(world: World) -> None:
     refused(ValueError, "vocabularies", "different tokenizers", call=call(t=teacher[:, 1:] if last else teacher))
     refused(ValueError, "vocab_size", "at most", call=call(vocab_size=V + 1))
     refused(ValueError, "labels", f"[0, {V})", call=call(labels=torch.full((5,), V)))
+    moved = student
     if world.rank < 2:
         moved = student[:, 1:] if world.rank else torch.cat((student, student[:, :1]), 1)
-    else:
-        moved = student
     refused(ValueError, "shards", "cut at the same columns", call=call(moved))
     sparse = kd.compress(torch.randn(5, 50), 3)
     refused(ValueError, "SparseLogits", call=call(t=sparse))
@@ -362,16 +363,14 @@ def case_mismatches(world: World) -> None:
 
 def case_digests(world: World) -> None:
     """Where looking costs a synchronisation: a digest rides in the first gather, a difference is NaN, then an error."""
-    from kdkernels import vocab_parallel
-
     columns, last = world.columns("even"), world.rank == world.size - 1
     student, teacher = (x[:, columns].clone() for x in cases.pair("ordinary", 5, V, torch.float32))
     whole = loss(student, teacher)
     before = shard_pages.exchanges_always
     shard_pages.exchanges_always = lambda device: False
     try:
-        counting = Traffic()
         assert torch.equal(loss(student, teacher), whole)
+        counting = Traffic()
         with counting.counted():
             assert torch.equal(loss(student, teacher), whole)
         assert counting.sent == [16 * 5 + 4, 8 * 5]
@@ -380,7 +379,6 @@ def case_digests(world: World) -> None:
         assert torch.equal(loss(student, teacher), whole)
     finally:
         shard_pages.exchanges_always = before
-    assert vocab_parallel is not None
 
 
 def case_compositions(world: World) -> None:
@@ -405,8 +403,9 @@ def case_compositions(world: World) -> None:
     value.backward(retain_graph=True)
     value.backward()
     assert torch.allclose(again.grad, 2 * whole.grad, rtol=1e-11, atol=1e-15)
-    compiled = torch.compile(run, backend="eager")
-    assert torch.allclose(compiled(hidden), run(hidden), rtol=1e-12)
+    if world.size == 2:
+        compiled = torch.compile(run, backend="eager")
+        assert torch.allclose(compiled(hidden), run(hidden), rtol=1e-12)
     ones = torch.ones(5, dtype=torch.float64)
     arguments = (
         mine.hidden, mine.weight, None, 1.0, 0.0, theirs.hidden, theirs.weight, None, 1.0, 0.0, ones, None, None,

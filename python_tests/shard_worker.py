@@ -1,11 +1,13 @@
-"""One process of several: ``python shard_worker.py RANK WORLD STORE SUITE`` writes a JSON line with what failed.
+"""Ranks for tests: ``python shard_worker.py FOLDER JOB...`` runs each job, ``SUITE:RANKS``, in forked processes.
 
-Suites: ``cases`` (shard_cases.py), ``dead`` (a peer is killed, another is late), ``mesh`` (shard_mesh.py).
+They share what is imported here. Rank r's results are in ``FOLDER/JOB.r``, a JSON object of names and what failed.
+Suites: ``cases`` (shard_cases.py), ``killed`` and ``late`` (what becomes of the last rank), ``mesh`` (shard_mesh.py).
 """
 
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import os
 import signal
@@ -13,15 +15,17 @@ import sys
 import time
 import traceback
 
+import shard_cases
+import shard_mesh
 import torch
 import torch.distributed as dist
+
+import kdkernels as kd
 
 TIMEOUT = 4.0  # seconds that a collective may take where a peer is dead or late
 
 
 def run_cases(rank: int, size: int) -> dict[str, str]:
-    import shard_cases
-
     world = shard_cases.World(rank, size)
     results = {}
     for name, case in shard_cases.CASES.items():
@@ -39,15 +43,13 @@ def run_cases(rank: int, size: int) -> dict[str, str]:
     return results
 
 
-def run_dead(rank: int, size: int) -> dict[str, str]:
-    """The last rank is killed; the error that each of the others gets, and after how long."""
-    import kdkernels as kd
-
+def run_fault(rank: int, size: int, fault: str) -> dict[str, str]:
+    """The last rank is killed, or late; the error that each of the others gets, and after how long."""
     student, teacher = torch.randn(4, 8), torch.randn(4, 8)
     kd.distillation_loss(student, teacher, group=dist.group.WORLD)
     begin = time.perf_counter()
     if rank == size - 1:
-        if os.environ["KD_TEST_FAULT"] == "killed":
+        if fault == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(3 * TIMEOUT)
     error = ""
@@ -59,8 +61,6 @@ def run_dead(rank: int, size: int) -> dict[str, str]:
 
 
 def run_mesh(rank: int, size: int) -> dict[str, str]:
-    import shard_mesh
-
     try:
         shard_mesh.run()
     except Exception:
@@ -68,14 +68,33 @@ def run_mesh(rank: int, size: int) -> dict[str, str]:
     return {"mesh": ""}
 
 
-def main() -> None:
-    rank, size, store, suite = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+def run_rank(folder: str, suite: str, size: int, rank: int) -> None:
     torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=TIMEOUT if suite == "dead" else 120)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timeout)
-    results = {"cases": run_cases, "dead": run_dead, "mesh": run_mesh}[suite](rank, size)
-    print(json.dumps(results), flush=True)
-    os._exit(0)  # a group with a dead peer cannot be shut down in order
+    fault = suite in ("killed", "late")
+    timeout = datetime.timedelta(seconds=TIMEOUT if fault else 120)
+    store = f"file://{folder}/{suite}.{size}.store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timeout)
+    run = {"cases": run_cases, "mesh": run_mesh}.get(suite, functools.partial(run_fault, fault=suite))
+    results = run(rank, size)
+    with open(f"{folder}/{suite}:{size}.{rank}", "w", encoding="utf-8") as file:
+        json.dump(results, file)
+
+
+def main() -> None:
+    folder, *jobs = sys.argv[1:]
+    for job in jobs:
+        suite, size = job.split(":")
+        children = []
+        for rank in range(int(size)):
+            child = os.fork()
+            if child == 0:
+                try:
+                    run_rank(folder, suite, int(size), rank)
+                finally:
+                    os._exit(0)  # a group with a dead peer cannot be shut down in order
+            children.append(child)
+        for child in children:
+            os.waitpid(child, 0)
 
 
 if __name__ == "__main__":

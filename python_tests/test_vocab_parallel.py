@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,57 +18,54 @@ FOLDER = Path(__file__).parent
 NAMES = re.findall(r"^def case_(\w+)", (FOLDER / "shard_cases.py").read_text(encoding="utf-8"), re.MULTILINE)
 
 
-def start(size: int, suite: str, **environment: str) -> list[dict[str, str]]:
-    """What each rank's process has to say; those that were killed say nothing."""
+JOBS = ("cases:2", "cases:3", "cases:4", "killed:3", "late:3", "mesh:4")
+
+pytestmark = pytest.mark.slow
+
+
+SAID: dict[str, list[dict[str, str]]] = {}
+
+
+def told(job: str) -> list[dict[str, str]]:
+    """What each rank has to say; one that was killed says nothing. All jobs run at the first question."""
+    if SAID:
+        return SAID[job]
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-W", "ignore", str(FOLDER / "shard_worker.py")]
-        path = os.pathsep.join([str(FOLDER.parent), str(FOLDER), os.environ.get("PYTHONPATH", "")])
-        settings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environment}
-        processes = [
-            subprocess.Popen(
-                [*command, str(rank), str(size), f"{folder}/store", suite],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env=settings,
-            )  # fmt: skip
-            for rank in range(size)
-        ]
-        try:
-            outputs = [process.communicate(timeout=300) for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-    lines = [out.strip().splitlines()[-1:] for out, _ in outputs]
-    crashed = [err[-3000:] for (_, err), p in zip(outputs, processes, strict=True) if p.returncode not in (0, -9)]
-    assert not crashed, crashed[0]
-    return [json.loads(line[0]) if line else {} for line in lines]
+        run_all(folder)
+        for name in JOBS:
+            files = (Path(folder, f"{name}.{rank}") for rank in range(int(name[-1])))
+            SAID[name] = [json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {} for file in files]
+    return SAID[job]
 
 
-@functools.cache
-def results(size: int) -> list[dict[str, str]]:
-    return start(size, "cases")
+def run_all(folder: str) -> None:
+    command = [sys.executable, "-W", "ignore", str(FOLDER / "shard_worker.py"), folder, *JOBS]
+    path = os.pathsep.join([str(FOLDER.parent), str(FOLDER), os.environ.get("PYTHONPATH", "")])
+    settings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    process = subprocess.Popen(command, text=True, env=settings, start_new_session=True)
+    try:
+        assert process.wait(timeout=300) == 0
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # ranks of a test that hangs
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_shards(size: int, name: str) -> None:
-    for rank, told in enumerate(results(size)):
-        assert told.get(name, "not run, as a case before it failed") == "", f"rank {rank}: {told.get(name)}"
+    for rank, results in enumerate(told(f"cases:{size}")):
+        assert results.get(name, "not run, as a case before it failed") == "", f"rank {rank}: {results.get(name)}"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["killed", "late"])
 def test_a_peer_that_is_gone_is_an_error_within_the_timeout(fault: str) -> None:
-    told = start(3, "dead", KD_TEST_FAULT=fault)
+    ranks = told(f"{fault}:3")
     for rank in range(2):
-        assert "a collective of the vocabulary shards failed" in told[rank]["error"], told
-        assert float(told[rank]["seconds"]) < 10
-    assert (told[2] == {}) == (fault == "killed")
+        assert "a collective of the vocabulary shards failed" in ranks[rank]["error"], ranks
+        assert float(ranks[rank]["seconds"]) < 10
+    assert (ranks[2] == {}) == (fault == "killed")
 
 
-@pytest.mark.slow
 def test_data_and_tensor_parallel_training_of_a_transformer() -> None:
-    for told in start(4, "mesh"):
-        assert told["mesh"] == "", told["mesh"]
+    for results in told("mesh:4"):
+        assert results["mesh"] == "", results["mesh"]
