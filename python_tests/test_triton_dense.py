@@ -77,6 +77,7 @@ def test_forms_are_taken_where_they_hold() -> None:
     ):
         assert forms.find(kernel, a, b) is not None
     for kernel, a, b in (("skew_kl", 0.1, 0.0), ("alpha_beta", 0.1, 0.7), ("alpha_beta", 0.5, 0.6),
+                         ("alpha_beta", 0.2, 0.2),
                          ("alpha_beta_b0", 0.1, 0), ("alpha_beta_a0", 0, 0.5)):  # fmt: skip
         assert forms.find(kernel, a, b) is None
 

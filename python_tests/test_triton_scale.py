@@ -9,6 +9,7 @@ from emulated import TARGETS, serve
 import kdkernels as kd
 from kdkernels.triton import host, launch
 
+SOAK = pytest.mark.soak
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -16,9 +17,9 @@ def ids(value: object) -> str:
     return str(value).removeprefix("torch.")
 
 
-@pytest.mark.parametrize("columns", [1, 7, 4096, 4097, 10240])
+@pytest.mark.parametrize("columns", [1, 10240, pytest.param(7, marks=SOAK), pytest.param(16385, marks=SOAK)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", [90, *(pytest.param(t, marks=SOAK) for t in TARGETS if t != 90)])
 def test_products_are_rounded_once(
     target: int, dtype: torch.dtype, columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

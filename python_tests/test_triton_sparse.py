@@ -17,7 +17,7 @@ from kdkernels.ops.rows import RowSpec, Side
 from kdkernels.ops.sparse import SparseRows, sparse_rows_
 from kdkernels.weights import RowWeights
 
-pytestmark = pytest.mark.thin(6)
+pytestmark = pytest.mark.thin(2)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 COMPARED = (("ghost", "forward_kl"), ("ghost", "jsd"), ("renormalize", "reverse_kl"), ("truncate", "skew_kl"),
@@ -32,7 +32,12 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Serve:
 
 
 def ids(value: object) -> str:
-    return str(value).removeprefix("torch.")
+    return f"V{value[0]}" if isinstance(value, tuple) else str(value).removeprefix("torch.")
+
+
+def soak(*values: object) -> list[object]:
+    """Parameters of the long campaign only."""
+    return [pytest.param(value, marks=pytest.mark.soak) for value in values]
 
 
 def largest(teacher: Tensor, k: int, temperature: float = 1.0, ragged: bool = True) -> SparseRows:
@@ -89,29 +94,42 @@ def compare(student: Side, teacher: SparseRows, w: RowWeights, spec: RowSpec, in
     assert spec.mode == "renormalize" or spec.vocab == 1 or (truth.norm(dim=-1) > 0).any()
 
 
-@pytest.mark.parametrize(("mode", "kernel"), COMPARED)
-@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
-@pytest.mark.parametrize("target", TARGETS)
-def test_modes_against_the_definition(target: int, dtype: torch.dtype, mode: str, kernel: str, served: Serve) -> None:
+SHAPES = ((301, 7, 1.0), (5003, 64, 2.0), (4104, 700, 1.0))
+"""V, K, temperature."""
+
+
+def sample(cases: list[tuple[object, ...]], every: int) -> list[object]:
+    """Every so many cases as they are, the others in the soak."""
+    return [pytest.param(*case, marks=() if i % every == 0 else pytest.mark.soak) for i, case in enumerate(cases)]
+
+
+@pytest.mark.parametrize(
+    ("mode", "kernel", "dtype", "shape", "target"),
+    sample([(*c, d, s, t) for t in TARGETS for s in SHAPES for d in DTYPES for c in COMPARED], 13),
+    ids=ids,
+)
+def test_modes_against_the_definition(
+    mode: str, kernel: str, dtype: torch.dtype, shape: tuple[int, int, float], target: int, served: Serve
+) -> None:
     served(target)
-    for vocab, k, temperature in ((301, 7, 1.0), (5003, 64, 2.0), (4104, 700, 1.0)):
-        student, teacher = cases.pair("ordinary", 5, vocab, dtype)
-        known = largest(teacher, k, temperature)
-        labels = torch.tensor([0, vocab - 1, 5, int(known.ids[3, 2]), int(known.ids[4, -1])])
-        spec = RowSpec(kernel, 0.5, 0.0, temperature, vocab, mode)
-        compare(Side(student), known, weights(5, labels if k != 700 else None), spec)
+    vocab, k, temperature = shape
+    student, teacher = cases.pair("ordinary", 5, vocab, dtype)
+    known = largest(teacher, k, temperature)
+    labels = torch.tensor([0, vocab - 1, 5, int(known.ids[3, 2]), int(known.ids[4, -1])])
+    spec = RowSpec(kernel, 0.5, 0.0, temperature, vocab, mode)
+    compare(Side(student), known, weights(5, labels if k != 700 else None), spec)
 
 
 @pytest.mark.parametrize("kind", cases.KINDS)
-@pytest.mark.parametrize("mode", ["ghost", "renormalize", "truncate", "sampled"])
+@pytest.mark.parametrize("mode", ["ghost", *soak("renormalize", "truncate", "sampled")])
 def test_inputs_that_a_loss_must_survive(mode: str, kind: str, served: Serve) -> None:
     served()
     student, teacher = cases.pair(kind, 3, 1029, torch.float32)
     compare(Side(student), largest(teacher, 31), weights(3, None), RowSpec("forward_kl", 0.0, 0.0, 1.0, 1029, mode))
 
 
-@pytest.mark.parametrize("vocab", [1, 2, 8, 129, 1024, 4097])
-@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+@pytest.mark.parametrize("vocab", [1, 129, 4097, *soak(2, 8, 1024)])
+@pytest.mark.parametrize("dtype", [torch.float32, *soak(torch.bfloat16, torch.float16)], ids=ids)
 def test_everything_kept_one_kept_and_none_left(dtype: torch.dtype, vocab: int, served: Serve) -> None:
     """K = V: the tail is no entry; also where all of the first tile is kept."""
     served()
@@ -122,7 +140,7 @@ def test_everything_kept_one_kept_and_none_left(dtype: torch.dtype, vocab: int, 
             compare(Side(student), known, weights(4, None), RowSpec("jsd", 0.5, 0.0, 1.0, vocab, mode))
 
 
-@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "alpha_beta", "total_variation"])
+@pytest.mark.parametrize("divergence", ["jsd", *soak("forward_kl", "alpha_beta", "total_variation")])
 def test_all_entries_kept_equal_the_dense_teacher(divergence: str, served: Serve) -> None:
     served()
     student, teacher = cases.pair("ordinary", 3, 301, torch.float32)
@@ -134,10 +152,12 @@ def test_all_entries_kept_equal_the_dense_teacher(divergence: str, served: Serve
         results.append((loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0]))
     (loss_a, grad_a), (loss_b, grad_b) = results
     assert (loss_a - loss_b).abs().max() <= 2e-6 * loss_a.abs().max().clamp(min=1)
-    assert (grad_a - grad_b).norm() <= 3e-6 * grad_a.norm()
+    mass = student.softmax(-1) + teacher.softmax(-1)
+    assert grad_a.norm() > 0.01
+    assert ((grad_a - grad_b).norm(dim=-1) <= 1e-6 * mass.norm(dim=-1)).all()
 
 
-@pytest.mark.parametrize("mode", ["ghost", "sampled"])
+@pytest.mark.parametrize("mode", ["ghost", *soak("sampled")])
 def test_fused_heads_in_chunks(mode: str, served: Serve) -> None:
     """A head with bias and soft cap, labels, weights: as the definition computes it."""
     emulator = served()
@@ -161,20 +181,24 @@ def test_fused_heads_in_chunks(mode: str, served: Serve) -> None:
         assert (a - b).norm() <= 3e-6 * a.norm()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
-@pytest.mark.parametrize("mode", ["ghost", "truncate"])
-def test_memory_that_is_laid_out_otherwise_in_place(mode: str, dtype: torch.dtype, served: Serve) -> None:
+@pytest.mark.parametrize(("pad", "begin"), [(24, 0), (3, 0), (3, 1)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *soak(torch.float32, torch.float16)], ids=ids)
+@pytest.mark.parametrize("mode", ["ghost", *soak("truncate")])
+def test_memory_that_is_laid_out_otherwise_in_place(
+    mode: str, dtype: torch.dtype, pad: int, begin: int, served: Serve
+) -> None:
     """Strided rows, unaligned rows, padding of the vocabulary, a head's form; the gradient over the logits."""
     served()
-    for pad, begin in ((24, 0), (3, 0), (3, 1)):
+    for form_of_head in (False, True):
         student, teacher = cases.pair("ordinary", 4, 1029, dtype)
         space = torch.full((4, 1029 + pad), 9.0, dtype=dtype)
         x = space[:, begin : begin + 1029 + (0 if begin else 2)]
         x[:, :1029] = student
         labels = torch.tensor([0, 1028, 7, 9])
-        for form in (Side(x), Side(x.clone(), torch.randn(1029), 0.5, 8.0)):
-            spec = RowSpec("forward_kl", 0.0, 0.0, 1.5, 1029, mode)
-            compare(form, largest(teacher, 33, 1.5), weights(4, labels), spec, inplace=True)
+        bias = torch.randn(1029, generator=torch.Generator().manual_seed(0))
+        side = Side(x, bias, 0.5, 8.0) if form_of_head else Side(x)
+        spec = RowSpec("forward_kl", 0.0, 0.0, 1.5, 1029, mode)
+        compare(side, largest(teacher, 33, 1.5), weights(4, labels), spec, inplace=True)
 
 
 def test_rows_that_are_no_teacher_are_nan(served: Serve) -> None:

@@ -6,8 +6,9 @@ A form is three functions: ``term(lp, lq, a, b)``, ``grad(lp, lq, a, b)`` for th
 Powers, for the alpha-beta divergence: with t = lq - lp and the mixed power m = p^a q^b every sum has the factor m: term
 = m (e^(-bt) / (b s) + e^(at) / (a s) - 1 / (a b)) with s = a + b, grad = m (e^(at) - 1) / a; for b = 0 term =
 m (e^(at) - 1 - at) / a^2. Near t = 0 stand their Taylor series. A rounding error of m's exponent is common to a whole
-term and keeps its balance. The sum of grad does without the series: an error of 2^-22 m / a of each entry is lost among
-all of them. They hold where |t| max(a, b) < `FURTHEST`: no exponential overflows and none vanishes that matters.
+term and keeps its balance. They hold where |t| max(a, b) < `FURTHEST`: no exponential overflows and none vanishes that
+matters. If b > 0, the sum of grad does without the series: should all entries err alike, by 2^-22 m / a, the sum of m,
+at most V^(1 - s), keeps that small for s near 1.
 """
 
 # mypy: disable-error-code="no-untyped-def, import-untyped, no-untyped-call, index, call-overload, operator, arg-type"
@@ -105,17 +106,24 @@ def powers_weighed(lp, lq, a, b, k):
 
 
 @triton.jit
-def powers_b0_term(lp, lq, a, b):
-    t = lq - lp
+def second_order(t, a):
+    """(e^(at) - 1 - at) / a^2."""
     scale = 1.0 / (a * a)
     far = tl.fma(tl.exp2(t * (a * LOG2_E)), scale, tl.fma(t, -1.0 / a, -scale))
     near = t * t * tl.fma(t, tl.fma(t, tl.fma(t, a * a * a / 120.0, a * a / 24.0), a / 6.0), 0.5)
-    return tl.exp2(lp * (a * LOG2_E)) * tl.where(is_near(t, a, 0.0), near, far)
+    return tl.where(is_near(t, a, 0.0), near, far)
+
+
+@triton.jit
+def powers_b0_term(lp, lq, a, b):
+    return tl.exp2(lp * (a * LOG2_E)) * second_order(lq - lp, a)
 
 
 @triton.jit
 def powers_b0_grad(lp, lq, a, b):
-    return tl.exp2(lp * (a * LOG2_E)) * lost_power(lq - lp, a, 1.0)
+    t = lq - lp
+    first = tl.where(is_near(t, a, 0.0), tl.fma(second_order(t, a), a, t), lost_power(t, a, 1.0))
+    return tl.exp2(lp * (a * LOG2_E)) * first
 
 
 @triton.jit
@@ -140,8 +148,9 @@ FORMS = {
 
 
 def find(kernel: str, a: float, b: float) -> Form | None:
-    """The form of an element function with these parameters, if there is one: powers need a and b of at least 0.2,
-    as 1 / (a b) magnifies the error of an exponential, 2^-22, and a + b of at most 1, or m could vanish alone."""
-    form = FORMS.get(kernel)
-    smallest = {"alpha_beta": min(a, b), "alpha_beta_b0": a}.get(kernel, 1.0)
-    return form if smallest >= 0.2 and (kernel == "jsd" or a + b <= 1 + 1e-6) else None
+    """The form of an element function with these parameters, if there is one. Powers need a and b of at least 0.2, as
+    1 / (a b) magnifies the error of an exponential, 2^-22; a + b of at most 1, or m could vanish alone; and, if b > 0,
+    of at least 0.8, or the sum of m is large."""
+    least = {"jsd": True, "alpha_beta": min(a, b) >= 0.2 and a + b >= 0.8, "alpha_beta_b0": a >= 0.2}
+    most = kernel == "jsd" or a + b <= 1 + 1e-6
+    return FORMS[kernel] if least.get(kernel, False) and most else None

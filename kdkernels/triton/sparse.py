@@ -146,29 +146,30 @@ def split_student(
     FORM_S: tl.constexpr, LAYOUT: tl.constexpr, ROWS: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """The student's row in two parts: (others, where its largest are, kept, the row's top, its sum relative to that,
-    the teacher's kept mass relative to top_p). others: reference, sum, sum at temperature 1, sum of e^x x, what x is
-    off the reference in nats; kept: the same without the last."""
+    the teacher's kept mass relative to top_p). others: reference, sum, sum at temperature 1, sum of e^x x, sum of e^x,
+    where x is relative to the reference times c, rounded; kept: the same without the last."""
     ids, log_probs, _tail, kept, bits, count = teacher
     others, tops = sum_others(student, span, bits, 0.0, c, False, COLD, STATS, FORM_S, LAYOUT, ROWS, VEC)
     if ((others[1] > 0) & (others[1] < INFINITY) & (others[2] < INFINITY)) == 0:
         most = others_top(student, span, bits, FORM_S, LAYOUT, ROWS, VEC)
         others, tops = sum_others(student, span, bits, tl.where(most == -INFINITY, 0.0, most), c, True, COLD, STATS,
                                   FORM_S, LAYOUT, ROWS, VEC)  # fmt: skip
-    m, o_sum, o_cold, o_heat = others
+    m, x_sum, o_cold, o_heat = others
+    off = tl.fma(m, c, -(m * c)) * LN_2
+    o_sum = x_sum * tl.exp(-off)
     k_sum, k_cold, k_heat, mass = sum_kept(kept, ids, log_probs, count, top_k, top_p, c, ROWS)
     base = tl.where(top_k == -INFINITY, 0.0, top_k)
     top = tl.where(o_sum == 0, base, tl.where(k_sum == 0, m, larger(m, base)))
     whole = share(m, top, o_sum, per_t) + share(base, top, k_sum, per_t)
-    off = tl.fma(m, c, -(m * c)) * LN_2
-    return (m, o_sum, o_cold, o_heat, off), tops, (base, k_sum, k_cold, k_heat), top, whole, mass
+    return (m, o_sum, o_cold, o_heat, x_sum), tops, (base, k_sum, k_cold, k_heat), top, whole, mass
 
 
 @triton.jit
 def student_entropy(others, kept, top, whole, per_t):
     """log of the sum minus the mean of (z - top) / T."""
-    m, o_sum, _oc, o_heat, off = others
+    m, o_sum, _oc, o_heat, x_sum = others
     base, k_sum, _kc, k_heat = kept
-    o_mean = tl.where(o_sum > 0, o_heat / o_sum * LN_2 - off + (m - top) * per_t, 0.0)
+    o_mean = tl.where(o_sum > 0, o_heat / x_sum * LN_2 + libdevice.log(o_sum / x_sum) + (m - top) * per_t, 0.0)
     k_mean = tl.where(k_sum > 0, k_heat / k_sum * LN_2 + (base - top) * per_t, 0.0)
     o_share, k_share = share(m, top, o_sum, per_t), share(base, top, k_sum, per_t)
     return libdevice.log(whole) - (o_share * o_mean + k_share * k_mean) / whole
@@ -192,7 +193,7 @@ def sparse_row(
         log_whole = libdevice.log(whole)
         norm = natural(top, log_whole, per_t)
         m, o_sum = others[0], others[1]
-        log_others = tl.where(o_sum == 0, -INFINITY, libdevice.log(o_sum) - others[4])
+        log_others = tl.where(o_sum == 0, -INFINITY, libdevice.log(o_sum))
         tails = (log_tail, (m - top) * per_t + log_others - log_whole, number < vocab)
         norm_q, norm_p = norm, 0.0
         if MODE == RENORMALIZE:
@@ -218,7 +219,7 @@ def sparse_row(
             weight = 0.0 if MODE == RENORMALIZE else k * (tail_grad - tail_q * total) / o_sum
             if (label[0] is not None) & (not COLD):
                 weight += ce * tl.exp((m - top) * per_t) / whole
-            weight = tl.where(o_sum > 0, weight, 0.0)
+            weight = tl.where(o_sum > 0, weight * (o_sum / others[4]), 0.0)
             others_gradient(out[3], student, span, m, c, weight, ce, label[0], cold,
                             COLD, FORM_S, LAYOUT, ROWS, VEC)  # fmt: skip
             tl.debug_barrier()  # the kept entries are written over
