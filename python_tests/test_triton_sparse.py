@@ -154,7 +154,7 @@ def test_all_entries_kept_equal_the_dense_teacher(divergence: str, served: Serve
     assert (loss_a - loss_b).abs().max() <= 2e-6 * loss_a.abs().max().clamp(min=1)
     mass = student.softmax(-1) + teacher.softmax(-1)
     assert grad_a.norm() > 0.01
-    assert ((grad_a - grad_b).norm(dim=-1) <= 1e-6 * mass.norm(dim=-1)).all()
+    assert ((grad_a - grad_b).norm(dim=-1) <= 2e-6 * mass.norm(dim=-1)).all()  # each may be 1e-6 off
 
 
 @pytest.mark.parametrize("mode", ["ghost", *soak("sampled")])
