@@ -66,10 +66,11 @@ def exchange(ranks: Ranks, text: str, error: Exception | None, device: torch.dev
 
 
 def _settle(ranks: Ranks) -> None:
-    """Raise if the last call's digests differed, as far as that is known without waiting."""
-    doubt = DOUBTS.pop(ranks.name, None)
-    if doubt is None or (doubt.device.type != "cpu" and not torch.cuda.current_stream().query()):
+    """Raise if an earlier call's digests differed, as far as that is known without waiting."""
+    doubt = DOUBTS.get(ranks.name)
+    if doubt is None or (doubt.device.type != "cpu" and not torch.cuda.current_stream(doubt.device).query()):
         return
+    del DOUBTS[ranks.name]
     if bool(doubt):
-        remedy = "its loss was NaN; KDKERNELS_CHECK=1 and a CPU run name the difference"
+        remedy = "the loss was NaN; the same calls on CPU tensors name what differs"
         fail(ValueError, "group", "ranks that made different calls", "called alike by every rank", remedy)
