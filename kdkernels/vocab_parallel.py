@@ -35,15 +35,17 @@ from kdkernels.ops.dense import InPlace
 from kdkernels.ops.head import Plan, Source
 from kdkernels.ops.rows import RowSpec, accumulation_dtype
 from kdkernels.ops.shard_chunks import Shard
+from kdkernels.ops.shard_parts import kept_width
 from kdkernels.ops.shards import ShardPlan, fill
 from kdkernels.shard_groups import localize, resolve
 from kdkernels.shard_pages import agree
 from kdkernels.sparse_logits import SparseLogits
 from kdkernels.weights import RowWeights, TokenOptions, row_weights
 
-CACHE_BYTES = 128 * 2**20
-"""Logits of both sides of a chunk, where they exist already. Python and gloo take a millisecond a chunk and rank, as
-long as 2^20 entries do on one core of an EPYC 9005: reading the chunk from memory again costs less than small ones."""
+CHUNK_BYTES = 128 * 2**20
+"""Logits of both sides of a chunk, where they exist already, and what is kept beside them. Python and gloo take a
+millisecond a chunk and rank, as long as 2^20 entries do on one core of an EPYC 9005: reading a chunk from memory again
+costs less than many small ones."""
 
 
 class Options(NamedTuple):
@@ -142,7 +144,10 @@ def prepare(student: Any, teacher: Any, divergence: Any, asked: Options) -> Loca
     arguments.check_tokens(leading, device, asked.labels, asked.token_weights, asked.shift, asked.ce_weight)
     kernel = divergences.get(divergence).kernel()
     serving = serving_backend(asked.backend, device, student.dtype, kernel.name)
-    return Local(student, teacher, kernel, serving, asked)
+    local = Local(student, teacher, kernel, serving, asked)
+    if _overwrites(local):
+        _check_in_place(student, _rows(student))
+    return local
 
 
 def _with_columns(side: Any) -> Any:
@@ -244,10 +249,9 @@ def _run(local: Local, shard: Shard, columns: Columns, weights: RowWeights) -> t
     chunk = _chunk(local, columns)
     per_row = local.options.reduction == "none"
     needed = _needed(student)
-    logits = isinstance(local.student, Tensor) and isinstance(local.teacher, Tensor)
-    if local.options.inplace and needed[0] and logits and isinstance(local.student, Tensor):
+    if _overwrites(local):
+        assert isinstance(local.student, Tensor)
         rows = _rows(local.student)
-        _check_in_place(local.student, rows)
         plan = Plan(Source(*_constant(student)), Source(*teacher), weights, spec, local.backend, chunk)
         filler = partial(_fill, ShardPlan(plan, shard))
         loss, stats = InPlace.apply(rows, filler, local.backend, per_row, local.options.return_stats)  # type: ignore[no-untyped-call]
@@ -272,9 +276,20 @@ def _chunk(local: Local, columns: Columns) -> int:
     rows = 1
     for size in local.student.shape[:-1]:
         rows *= size
-    row_bytes = 2 * max(1, columns.widest) * local.student.dtype.itemsize
-    if isinstance(local.student, Tensor) and isinstance(local.teacher, Tensor):
+    widest = max(1, columns.widest)
+    row_bytes = 2 * widest * local.student.dtype.itemsize
+    if _is_logits(local):
         if local.student.device.type != "cpu":
             return max(1, rows)
-        return chunk_rows(rows, row_bytes, CACHE_BYTES)
+        kept = kept_width(local.backend, RowSpec(*local.kernel, 1.0, widest), itemsize=1)
+        return chunk_rows(rows, row_bytes + (kept or 0), CHUNK_BYTES)
     return chunk_rows(rows, 2 * row_bytes, local.options.chunk_bytes)  # two chunks are at work at a time
+
+
+def _is_logits(local: Local) -> bool:
+    return isinstance(local.student, Tensor) and isinstance(local.teacher, Tensor)
+
+
+def _overwrites(local: Local) -> bool:
+    """Whether the student's logits will hold the gradient."""
+    return local.options.inplace and _is_logits(local) and _needed(_source(local.student))[0]

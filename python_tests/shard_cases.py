@@ -357,6 +357,8 @@ def case_mismatches(world: World) -> None:
     sparse = kd.compress(torch.randn(5, 50), 3)
     refused(ValueError, "SparseLogits", call=call(t=sparse))
     refused(ValueError, "backend", "float64", call=call(student.double(), teacher.double(), backend="cpp"))
+    leaf = student.clone().requires_grad_() * 1 if last else student.clone().requires_grad_()
+    refused(ValueError, "inplace", "leaf", call=call(leaf, inplace=True))
     refused(TypeError, "group", "a ProcessGroup", call=lambda: kd.distillation_loss(student, teacher, group="tp"))
     assert loss(student, teacher).isfinite()
 
