@@ -7,6 +7,7 @@ cannot serve is a failure of each of those tests, never a skip.
 from __future__ import annotations
 
 import os
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -33,20 +34,34 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--backends", default="", help="comma-separated; default: every backend that was built")
     parser.addoption("--quick", action="store_true", help="only every k-th case of a test marked thin(k)")
+    parser.addoption("--all", action="store_true", help="all cases of tests marked sample(k), not one in k")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--quick"):
-        return
+    chosen = items if config.getoption("--all") else [item for item in items if _sampled(item)]
+    if config.getoption("--quick"):
+        chosen = _thinned(chosen)
+    left = set(items) - set(chosen)
+    items[:] = chosen
+    config.hook.pytest_deselected(items=[*left])
+
+
+def _sampled(item: pytest.Item) -> bool:
+    """One case in k, by its name: no parameter is in step with the choice. A test's only case is always taken."""
+    mark = item.get_closest_marker("sample")
+    return mark is None or "[" not in item.nodeid or zlib.crc32(item.nodeid.encode()) % mark.args[0] == 0
+
+
+def _thinned(items: list[pytest.Item]) -> list[pytest.Item]:
     seen: Counter[str] = Counter()
-    kept, left = [], []
+    kept = []
     for item in items:
         thin = item.get_closest_marker("thin")
         test = item.nodeid.split("[")[0]
-        (kept if thin is None or seen[test] % thin.args[0] == 0 else left).append(item)
+        if thin is None or seen[test] % thin.args[0] == 0:
+            kept.append(item)
         seen[test] += 1
-    items[:] = kept
-    config.hook.pytest_deselected(items=left)
+    return kept
 
 
 def _built() -> list[str]:

@@ -19,7 +19,10 @@ from kdkernels import native
 from kdkernels.divergences import Divergence
 
 # the traced graph names its backend and is otherwise the same for all: the fastest one that was built
-pytestmark = pytest.mark.parametrize("backend", ["cpp" if native.LIBRARY.is_file() else "eager"], indirect=True)
+pytestmark = [
+    pytest.mark.sample(2),
+    pytest.mark.parametrize("backend", ["cpp" if native.LIBRARY.is_file() else "eager"], indirect=True),
+]
 LABELS = torch.tensor([[3, 0, -100], [10, 7, 7]])
 BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 

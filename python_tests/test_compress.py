@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 
 import kdkernels as kd
 
+pytestmark = pytest.mark.sample(2)
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPES = [(1, 1), (2, 1), (2, 2), (127, 5), (128, 128), (129, 1), (301, 64), (301, 301), (4100, 1000), (32000, 4096)]
 LARGE = [(50257, 64), (151936, 64), (151936, 1024)]

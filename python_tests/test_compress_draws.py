@@ -10,6 +10,8 @@ from compress_oracle import apart, golden
 
 import kdkernels as kd
 
+pytestmark = pytest.mark.sample(2)
+
 
 def logits(n: int, vocab: int, scale: float = 3.0) -> torch.Tensor:
     return scale * torch.randn(n, vocab, generator=torch.Generator().manual_seed(n + vocab))

@@ -16,7 +16,10 @@ from torch import Tensor
 
 from kdkernels import native
 
-pytestmark = pytest.mark.skipif(bool(cuda_topk.obstacle()), reason=cuda_topk.obstacle() or "can be had")
+pytestmark = [
+    pytest.mark.sample(3),
+    pytest.mark.skipif(bool(cuda_topk.obstacle()), reason=cuda_topk.obstacle() or "can be had"),
+]
 
 INF, NAN = float("inf"), float("nan")
 DTYPES = list(cuda_topk.DTYPES)

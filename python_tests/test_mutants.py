@@ -9,6 +9,8 @@ from pathlib import Path
 import mutants
 import pytest
 
+pytestmark = pytest.mark.sample(2)
+
 TABLE = mutants.mutants()
 PYTHON = [mutant.name for mutant in TABLE if not mutants.is_cpp(mutant)]
 CPP = [mutant.name for mutant in TABLE if mutants.is_cpp(mutant)]

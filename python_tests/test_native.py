@@ -207,7 +207,7 @@ def test_leaf_takes_an_expanded_teacher_and_no_rows() -> None:
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "student 3-D": ({"student": torch.randn(2, 2, 9)}, r"student has shape \[2, 2, 9\]"),
-    "student int": ({"student": torch.ones(4, 9, dtype=torch.int32)}, "student is another dtype"),
+    "student int": ({"student": torch.ones(4, 9, dtype=torch.int32)}, "student is int32; it must be float32"),
     "student strided": ({"student": torch.randn(9, 4).t()}, "student has stride 4 along the vocabulary"),
     "student meta": ({"student": torch.empty(4, 9, device="meta")}, "student|meta|Meta"),
     "teacher dtype": ({"teacher": torch.randn(4, 9).double()}, "teacher is float64; it must be float32"),
@@ -227,7 +227,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "w_kd dtype": ({"w_kd": torch.ones(4).double()}, "w_kd is float64"),
     "w_kd strided": ({"w_kd": torch.ones(8)[::2]}, "w_kd is strided"),
     "w_ce without labels": ({"w_ce": torch.ones(4)}, "w_ce is given without labels"),
-    "labels dtype": ({"labels": torch.zeros(4, dtype=torch.int32)}, "labels is another dtype; it must be int64"),
+    "labels dtype": ({"labels": torch.zeros(4, dtype=torch.int32)}, "labels is int32; it must be int64"),
     "labels size": ({"labels": torch.zeros(5, dtype=torch.int64)}, r"labels has shape \[5\]"),
     "loss size": ({"loss": torch.empty(5)}, r"loss has shape \[5\]"),
     "dlogits dtype": ({"dlogits": torch.empty(4, 9).half()}, "dlogits is float16"),

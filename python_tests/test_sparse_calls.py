@@ -15,6 +15,8 @@ from torch import Tensor
 import kdkernels as kd
 from kdkernels.ops import gemm
 
+pytestmark = pytest.mark.sample(2)
+
 ALL_MODES = ("ghost", "renormalize", "truncate", "sampled")
 LABELS = torch.tensor([3, 0, -100, 128, 7, 7])
 OPTIONS: dict[str, dict[str, Any]] = {

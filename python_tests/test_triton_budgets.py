@@ -7,6 +7,8 @@ import json
 import pytest
 import triton_budgets as budgets
 
+pytestmark = pytest.mark.sample(2)
+
 TABLE = json.loads(budgets.TABLE.read_text())
 CASES = {case.name: case for case in budgets.cases()}
 EVERY_TIME = [name for name, case in CASES.items() if case.target == 90 and case.dtype == "bf16" and not case.extra]

@@ -14,7 +14,7 @@ from torch import Tensor
 from kdkernels.ops.rows import RowSpec, Side
 from kdkernels.weights import RowWeights
 
-pytestmark = pytest.mark.thin(6)
+pytestmark = [pytest.mark.sample(2), pytest.mark.thin(6)]
 
 CUTS = ([0, 150, 301], [0, 7, 7, 301], [0, 1, 100, 300, 301])  # 2, 3 (one empty) and 4 ranks
 
