@@ -38,7 +38,7 @@ STREAM_BYTES = 2**30
 NEVER = float("inf")
 """Seconds: a first run compiles, which says nothing about the next."""
 TOOLS = ("memcheck", "racecheck", "initcheck")
-SANITIZED = "test_tails or test_bad_rows or test_rows_that_begin_anywhere or test_padding"
+SANITIZED = "test_tails or test_bad_rows or test_rows_that_begin_anywhere or test_padding or test_on_a_gpu"
 
 
 def obstacle() -> str:

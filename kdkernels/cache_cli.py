@@ -126,7 +126,7 @@ def _stat(arguments: argparse.Namespace) -> int:
 
 def render(stat: dict[str, Any]) -> str:
     """A cache's `stat` as lines of name and value."""
-    lines = {name: value for name, value in stat.items() if value not in ("", [], {}, None, False)}
+    lines = {name: value for name, value in stat.items() if value or type(value) in (int, float)}
     lines.pop("metadata", None)
     lines.update({f"metadata.{name}": value for name, value in stat["metadata"].items()})
     width = max(map(len, lines))

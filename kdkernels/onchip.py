@@ -122,7 +122,17 @@ def obstacle(device: torch.device, dtype: torch.dtype, kernel: str) -> str:
     found = torch.cuda.get_device_capability(device)
     if found < CAPABILITY:
         return f"clusters of thread blocks need compute capability 9.0, this GPU has {found[0]}.{found[1]}"
+    has = shared_memory(device)
+    if has < SHARED:
+        return f"a block takes {SHARED} bytes of shared memory, this GPU gives {has}"
     return ""
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one block may ask for."""
+    # older versions of torch do not tell; those GPUs that they know have enough
+    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", SHARED))
 
 
 @functools.cache

@@ -78,6 +78,7 @@ def _pytest(root: Path, tests: tuple[str, ...], *options: str) -> list[str]:
         "-x",
         "-q",
         "--no-header",
+        "--all",
         "-p",
         "no:cacheprovider",
         *quick,

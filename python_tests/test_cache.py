@@ -477,3 +477,25 @@ def test_stat_and_progress(tmp_path: Path) -> None:
     assert reader.verify(lambda done, of: seen.append((done, of))) == []
     assert seen == [(i, 10) for i in range(1, 11)]
     assert repr(kd.TeacherCache.open(tmp_path / "cache")).endswith("cache', examples=10, k=8, vocab_size=1000)")
+
+
+@pytest.mark.parametrize("kind", ["fractions", "two dimensions"])
+def test_tokens_are_integers_of_one_example(tmp_path: Path, kind: str) -> None:
+    tokens = torch.rand(cases.ROWS) if kind == "fractions" else torch.zeros(1, cases.ROWS, dtype=torch.int64)
+    with create(tmp_path / "cache") as cache, pytest.raises(CacheError, match=r"input_ids = .*: must be integer token"):
+        cache.append(1, sparse(1), tokens)
+
+
+def test_tokens_are_one_a_row(tmp_path: Path) -> None:
+    with create(tmp_path / "cache") as cache:
+        with pytest.raises(CacheError, match="input_ids = 3 tokens"):
+            cache.append(1, sparse(1), torch.arange(3))
+        cache.append(1, sparse(1), torch.arange(cases.ROWS))
+
+
+def test_stat_shows_zeros(tmp_path: Path) -> None:
+    from kdkernels import cache_cli
+
+    create(tmp_path / "cache").close()
+    lines = cache_cli.render(kd.TeacherCache.open(tmp_path / "cache").stat()).splitlines()
+    assert any(line.split() == ["examples", "0"] for line in lines)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import kdkernels as kd
 
-pytestmark = pytest.mark.sample(2)
+pytestmark = pytest.mark.sample(3)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPES = [(1, 1), (2, 1), (2, 2), (127, 5), (128, 128), (129, 1), (301, 64), (301, 301), (4100, 1000), (32000, 4096)]
@@ -215,3 +215,16 @@ def test_inside_inference_mode_and_autocast(backend: str) -> None:
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
         found = kd.compress(kd.LinearLogits(hidden, weight), 5, backend=backend)
     check(found, golden(hidden.bfloat16() @ weight.bfloat16().t(), 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_nucleus_of_everything_is_everything(backend: str, dtype: torch.dtype) -> None:
+    z = 8 * torch.randn(64, 50, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    kept = kd.compress(z, 50, top_p=1.0, backend=backend)
+    assert (kept.ids >= 0).all()
+    assert (kept.log_tail == -torch.inf).all()
+
+
+def test_other_temperatures_are_a_list() -> None:
+    with pytest.raises(TypeError, match=r"other_temperatures = 2\.0: must be a list"):
+        kd.compress(torch.randn(2, 9), 3, other_temperatures=2.0)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from compress_oracle import apart, golden
 
 import kdkernels as kd
 
-pytestmark = pytest.mark.sample(2)
+pytestmark = pytest.mark.sample(3)
 
 
 def logits(n: int, vocab: int, scale: float = 3.0) -> torch.Tensor:

@@ -50,7 +50,12 @@ def test_reasons_against_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "9.0, this GPU has 8.0" in backends.judge("cuda", GPU, torch.bfloat16, "forward_kl").reason
     assert backends.choose("auto", GPU, torch.bfloat16, "forward_kl") == "triton"
     assert not backends.judge("cuda", GPU, torch.bfloat16, "forward_kl", sparse=True).serves
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+    monkeypatch.setattr(onchip, "shared_memory", lambda device: 99 * 1024)
+    assert "this GPU gives 101376" in backends.judge("cuda", GPU, torch.bfloat16, "forward_kl").reason
+    assert backends.choose("auto", GPU, torch.bfloat16, "forward_kl") == "triton"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(onchip, "shared_memory", lambda device: 227 * 1024)
     assert backends.choose("auto", GPU, torch.bfloat16, "forward_kl") == "cuda"
     assert backends.choose("auto", GPU, torch.bfloat16, "jsd") == "triton"
     monkeypatch.setattr(native, "has_onchip", lambda: False)

@@ -18,7 +18,7 @@ from torch import Tensor
 import kdkernels as kd
 from kdkernels import onchip
 
-pytestmark = [pytest.mark.sample(2), pytest.mark.skipif(nvcc() is None, reason="no nvcc here")]
+pytestmark = [pytest.mark.sample(3), pytest.mark.skipif(nvcc() is None, reason="no nvcc here")]
 
 TABLE = json.loads(budgets.TABLE.read_text())
 CASES = {case.name: case for case in budgets.cases()}

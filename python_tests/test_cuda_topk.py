@@ -17,7 +17,7 @@ from torch import Tensor
 from kdkernels import native
 
 pytestmark = [
-    pytest.mark.sample(3),
+    pytest.mark.sample(4),
     pytest.mark.skipif(bool(cuda_topk.obstacle()), reason=cuda_topk.obstacle() or "can be had"),
 ]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import mutants
 import pytest
 
-pytestmark = pytest.mark.sample(2)
+pytestmark = pytest.mark.sample(3)
 
 TABLE = mutants.mutants()
 PYTHON = [mutant.name for mutant in TABLE if not mutants.is_cpp(mutant)]

@@ -138,7 +138,7 @@ def test_isolated_install_of_the_sdist_uses_the_torch_that_is_there(
     archive = tmp_path / make_environment(tmp_path / "maker", build_tools=True).succeed("-c", code).splitlines()[-1]
     env = make_environment(tmp_path / "env", build_tools=False)
     start = time.monotonic()
-    log = env.pip(str(archive), PIP_FIND_LINKS=str(wheelhouse))
+    log = env.pip(str(archive), PIP_FIND_LINKS=str(wheelhouse), KD_BUILD="cpu")
     seconds = time.monotonic() - start
     assert "Installing build dependencies" in log
     assert "native build against torch" in log
@@ -154,13 +154,13 @@ def test_isolated_install_of_the_sdist_uses_the_torch_that_is_there(
 @pytest.mark.slow
 @needs_compiler
 def test_install_from_a_tree_editable_then_whole_then_without_native_code(tree: Path, env: Environment) -> None:
-    env.pip("--no-build-isolation", "--no-deps", "--editable", str(tree))
+    env.pip("--no-build-isolation", "--no-deps", "--editable", str(tree), KD_BUILD="cpu")
     facts = env.info()
     assert Path(facts["at"]).is_relative_to(tree)
     assert facts["backends"]["cpp"]["available"], facts["backends"]["cpp"]["reason"]
     assert (tree / "kdkernels/kdkernels_C.so").is_file()
 
-    log = env.pip("--no-build-isolation", str(tree))
+    log = env.pip("--no-build-isolation", str(tree), KD_BUILD="cpu")
     assert "Collecting torch" not in log
     facts = env.info()
     assert Path(facts["at"]).is_relative_to(env.site)

@@ -12,7 +12,7 @@ from oracle_sparse import check_sparse, draw, keep, shorten
 import kdkernels as kd
 from kdkernels.divergences import Divergence
 
-pytestmark = pytest.mark.sample(3)
+pytestmark = pytest.mark.sample(5)
 
 SEPARABLE = tuple(d for d in ONE_OF_EACH if d.separable)
 MODES = ("ghost", "renormalize", "truncate")

@@ -15,7 +15,7 @@ from torch import Tensor
 import kdkernels as kd
 from kdkernels.ops import gemm
 
-pytestmark = pytest.mark.sample(2)
+pytestmark = pytest.mark.sample(3)
 
 ALL_MODES = ("ghost", "renormalize", "truncate", "sampled")
 LABELS = torch.tensor([3, 0, -100, 128, 7, 7])

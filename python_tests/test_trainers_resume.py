@@ -187,7 +187,9 @@ def test_wrong_text_is_named(place: Path, tmp_path: Path) -> None:
 
 
 def test_a_diverged_run_says_so(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"loss is (nan|inf) at step \d; lower --lr"):
+    with pytest.raises(
+        UserError, match=r"loss is (nan|inf) at step \d; begin again with another --output and a lower --lr"
+    ):
         distill(config(place, tmp_path / "run", lr=1e30, clip=0.0, optimizer="sgd", eval_before=False), progress=False)
 
 

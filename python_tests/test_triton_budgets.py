@@ -7,7 +7,7 @@ import json
 import pytest
 import triton_budgets as budgets
 
-pytestmark = pytest.mark.sample(2)
+pytestmark = pytest.mark.sample(3)
 
 TABLE = json.loads(budgets.TABLE.read_text())
 CASES = {case.name: case for case in budgets.cases()}

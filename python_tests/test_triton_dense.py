@@ -16,7 +16,7 @@ import kdkernels as kd
 from kdkernels.divergences import Divergence
 from kdkernels.triton import forms, host
 
-pytestmark = [pytest.mark.sample(2), pytest.mark.thin(6)]
+pytestmark = [pytest.mark.sample(3), pytest.mark.thin(6)]
 
 LOW_AND_FULL = (torch.float32, torch.bfloat16, torch.float16)
 QUICK = (kd.ForwardKL(), kd.ReverseKL(), kd.JSD(), kd.SkewReverseKL())

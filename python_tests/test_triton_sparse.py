@@ -17,7 +17,7 @@ from kdkernels.ops.rows import RowSpec, Side
 from kdkernels.ops.sparse import SparseRows, sparse_rows_
 from kdkernels.weights import RowWeights
 
-pytestmark = [pytest.mark.sample(2), pytest.mark.thin(2)]
+pytestmark = [pytest.mark.sample(3), pytest.mark.thin(2)]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 COMPARED = (("ghost", "forward_kl"), ("ghost", "jsd"), ("renormalize", "reverse_kl"), ("truncate", "skew_kl"),

@@ -127,7 +127,7 @@ def _nucleus(kept: SparseLogits, p: float) -> SparseLogits:
     """Of the entries kept the fewest most likely ones with mass >= p (all if they have less); others go to the tail."""
     log_p, order = kept.log_probs.sort(dim=-1, descending=True, stable=True)  # of equal ones the lower id first
     mass = log_p.double().exp()
-    stays = mass.cumsum(-1) - mass < p
+    stays = mass.cumsum(-1) - mass < (p if p < 1 else torch.inf)  # the sum may round to 1 before the last entry
     stays = torch.zeros_like(stays).scatter_(-1, order, stays) & (kept.ids >= 0)
     gone = ~stays
 
@@ -173,6 +173,8 @@ def _check_choice(
 
 
 def _check_temperatures(temperature: float, others: Sequence[float], samples: int | None) -> list[float]:
+    if not isinstance(others, (list, tuple)):
+        fail(TypeError, "other_temperatures", repr(others), "a list of temperatures", "[2.0]")
     for name, value in (("temperature", temperature), *(("other_temperatures", t) for t in others)):
         require_finite_number(name, value)
         if not _LEAST_T <= value <= _MOST_T:

@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kdkernels._checks import fail
 from kdkernels.compression.manifest import FORMAT, VERSION, CacheError, Settings, ShardEntry, shard_name
 from kdkernels.durable import replace_file
 
@@ -55,7 +56,11 @@ class Example:
 
 def input_hash(input_ids: npt.ArrayLike) -> int:
     """64-bit hash of token ids [L] (any integer dtype), never 0: BLAKE2b of them as little-endian int64."""
-    tokens = np.ascontiguousarray(input_ids, dtype="<i8")
+    tokens = np.asarray(input_ids)
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        found = f"{tokens.dtype} of shape {list(tokens.shape)}"
+        fail(CacheError, "input_ids", found, "integer token ids [L]", "pass one example's tokens")
+    tokens = np.ascontiguousarray(tokens, dtype="<i8")
     return int.from_bytes(hashlib.blake2b(tokens.tobytes(), digest_size=8).digest(), "little") or 1
 
 

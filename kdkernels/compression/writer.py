@@ -129,11 +129,14 @@ class CacheWriter:
         if ids.ndim != 2 or not len(ids) or ids.shape[1] > self.settings.k:
             allowed = f"[L, K] with L at least 1 and K at most the cache's k ({self.settings.k})"
             fail(CacheError, "ids shape", list(ids.shape), allowed, "append one example at a time")
+        key = 0 if input_ids is None else input_hash(input_ids)
+        if input_ids is not None and len(np.asarray(input_ids)) != len(ids):
+            remedy = "pass the tokens that the teacher read, one for each row"
+            fail(CacheError, "input_ids", f"{len(np.asarray(input_ids))} tokens", f"{len(ids)}, one a row", remedy)
         block = codec.encode(
             ids, log_probs, log_tail,
             vocab_size=self.settings.vocab_size, bits=self.settings.bits, columns=columns or {},
         )  # fmt: skip
-        key = 0 if input_ids is None else input_hash(input_ids)
         self.pending[number] = Example(number, len(ids), key, block)
         self._pending_bytes += len(block)
         if self._pending_bytes >= self.shard_bytes:

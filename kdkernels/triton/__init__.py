@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import re
 
@@ -23,6 +24,7 @@ def require() -> None:
         raise ImportError(f'{message} use backend="cpp" or "eager"') from error
 
 
+@functools.cache
 def version() -> str:
     """Of the installed triton, as text; empty without one."""
     for package in ("triton", "pytorch-triton", "triton-nightly"):
