@@ -52,7 +52,7 @@ def test_a_sample_is_killed() -> None:
     kill(*PYTHON[::11])
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_cpp_mutant_is_killed() -> None:
     kill("--cpp", CPP[0])
 
