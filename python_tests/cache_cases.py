@@ -8,11 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from kdkernels.compression import codec
 from kdkernels.compression.manifest import CacheError, Settings
 from kdkernels.compression.reader import CacheReader
 from kdkernels.compression.writer import CacheWriter
 
 VOCAB, K, ROWS = 1000, 8, 6
+EXAMPLES = 4
+"""Examples of an import."""
 SETTINGS = Settings(VOCAB, K, bits=32, teacher="somebody", tokenizer_hash="abc")
 
 
@@ -73,3 +76,11 @@ if __name__ == "__main__":
         write_on_and_on(sys.argv[1], int(sys.argv[2]))
     except CacheError as error:
         sys.exit(str(error))
+
+
+def close(got: codec.Decoded, number: int, tail: float = 0.0) -> None:
+    """Ids and log-probabilities exactly; the tail within `tail` (it was 1 minus the sum of the others)."""
+    ids, log_probs, log_tail = example(number)
+    np.testing.assert_array_equal(got.ids, ids)
+    np.testing.assert_array_equal(got.log_probs, log_probs)
+    np.testing.assert_allclose(np.exp(got.log_tail), np.exp(log_tail), rtol=0, atol=tail)

@@ -14,11 +14,9 @@ from typing import Any
 import cases
 import golden
 import oracle
-import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
 
 import kdkernels as kd
 from kdkernels import shard_pages
@@ -104,7 +102,7 @@ def case_logits(world: World) -> None:
         assert all(torch.equal(made.loss.detach(), other) for other in everywhere(made.loss)), name
 
 
-def _linear(world: World, cut: str, dtype: torch.dtype, bias: bool) -> tuple[Any, Any, Any, Any, slice]:
+def linear_pair(world: World, cut: str, dtype: torch.dtype, bias: bool) -> tuple[Any, Any, Any, Any, slice]:
     style = {"bias": bias, "softcap": 30.0 if bias else None, "scale": 0.8 if bias else None}
     student = cases.linear(5, 16, V, dtype, **style)
     teacher = cases.linear(5, 24, V, dtype, seed=1)
@@ -121,7 +119,7 @@ def case_heads(world: World) -> None:
     """Gradients of hidden states are of the whole loss, once, on every rank; those of heads are this rank's rows."""
     for dtype, backend, divergence, cut in world.some(every_call()):
         reduction = "none" if cut == "uneven" else "mean"
-        student, teacher, mine, theirs, columns = _linear(world, cut, dtype, bias=cut != "even")
+        student, teacher, mine, theirs, columns = linear_pair(world, cut, dtype, bias=cut != "even")
         leaves = [x.requires_grad_() for x in (mine.hidden, mine.weight, mine.bias) if x is not None]
         options = {"labels": LABELS, "ce_weight": 0.3, "temperature": 1.3, "reduction": reduction}
         small = {"chunk_bytes": 4 * 2 * V * dtype.itemsize} if cut == "empty" else {}
@@ -264,157 +262,9 @@ def case_traffic(world: World) -> None:
     student, teacher = (x[:, columns].clone() for x in cases.pair("ordinary", rows, V, torch.float32))
     assert traffic(student.requires_grad_(), teacher, "forward_kl", **given) == [24 * rows]
     assert traffic(student, teacher, "forward_kl", temperature=2.0, **given) == [28 * rows]
-    _, _, mine, theirs, _ = _linear(world, "uneven", torch.float32, bias=False)
+    _, _, mine, theirs, _ = linear_pair(world, "uneven", torch.float32, bias=False)
     mine.hidden.requires_grad_()
     assert traffic(mine, theirs, "forward_kl", backend="cpp") == [20 * rows, 4 * 16 * rows]
-
-
-def case_dtensors(world: World) -> None:
-    """Logits Shard(-1), heads Shard(0), also uneven: no group needed, gradients come back as DTensors."""
-    mesh = init_device_mesh("cpu", (world.size,), mesh_dim_names=("tensor",))
-    student, teacher, _, _, _ = _linear(world, "even", torch.float64, bias=True)
-    whole = dataclasses.replace(
-        student, hidden=student.hidden.clone().requires_grad_(), weight=student.weight.clone().requires_grad_()
-    )
-    alone = kd.distillation_loss(whole, teacher, "jsd")
-    alone.backward()
-    for hidden_too in (False, True):
-        weight = dist.tensor.distribute_tensor(student.weight, mesh, [Shard(0)]).requires_grad_()
-        bias = dist.tensor.distribute_tensor(student.bias, mesh, [Shard(0)])
-        hidden = student.hidden.clone()
-        hidden = dist.tensor.distribute_tensor(hidden, mesh, [Replicate()]) if hidden_too else hidden
-        hidden.requires_grad_()
-        mine = dataclasses.replace(student, hidden=hidden, weight=weight, bias=bias)
-        theirs = dataclasses.replace(teacher, weight=dist.tensor.distribute_tensor(teacher.weight, mesh, [Shard(0)]))
-        value = kd.distillation_loss(mine, theirs, "jsd", group=mesh if hidden_too else None)
-        value.backward()
-        assert torch.allclose(value, alone, rtol=1e-12)
-        assert isinstance(weight.grad, DTensor)
-        assert torch.allclose(weight.grad.full_tensor(), whole.weight.grad, rtol=1e-10, atol=1e-15)
-        made = hidden.grad.full_tensor() if isinstance(hidden.grad, DTensor) else hidden.grad
-        assert torch.allclose(made, whole.hidden.grad, rtol=1e-10, atol=1e-15)
-    few = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))  # 4 ranks: one is empty
-    logits = dist.tensor.distribute_tensor(few, mesh, [Shard(1)]).requires_grad_()
-    other = dist.tensor.distribute_tensor(few.flip(0), mesh, [Shard(1)])
-    plain = few.clone().requires_grad_()
-    kd.distillation_loss(logits, other, "reverse_kl").backward()
-    kd.distillation_loss(plain, few.flip(0), "reverse_kl").backward()
-    assert isinstance(logits.grad, DTensor)
-    assert torch.allclose(logits.grad.full_tensor(), plain.grad, rtol=1e-11, atol=1e-16)
-
-
-def case_torch_agrees(world: World) -> None:
-    """torch's own log-softmax and kl_div on sharded DTensors."""
-    from torch.distributed.tensor.parallel import loss_parallel
-
-    mesh = init_device_mesh("cpu", (world.size,))
-    student, teacher = cases.pair("ordinary", 6, 12 * world.size, torch.float64)
-    logits, other = (dist.tensor.distribute_tensor(x, mesh, [Shard(1)]) for x in (student, teacher))
-    with loss_parallel():
-        lq, lp = (torch.log_softmax(x, -1) for x in (logits, other))
-        expected = torch.nn.functional.kl_div(lq, lp, reduction="sum", log_target=True) / 6
-    expected = expected.full_tensor() if isinstance(expected, DTensor) else expected
-    assert torch.allclose(kd.distillation_loss(logits, other, "forward_kl"), expected, rtol=1e-12)
-
-
-def refused(error: type[Exception], *words: str, call: Any) -> None:
-    with pytest.raises(error) as raised:
-        call()
-    assert all(word in str(raised.value) for word in words), f"{raised.value} lacks {words}"
-
-
-def case_mismatches(world: World) -> None:
-    """Ranks that call differently: an error on every one of them that names what differs; then all is well again."""
-    columns, last = world.columns("even"), world.rank == world.size - 1
-    student, teacher = (x[:, columns].clone() for x in cases.pair("ordinary", 5, V, torch.float32))
-    labels = LABELS.clone()
-
-    def call(s: Any = student, t: Any = teacher, divergence: Any = "jsd", **options: Any) -> Any:
-        return lambda: loss(s, t, divergence, **options)
-
-    shorter = (student[:4], teacher[:4]) if last else (student, teacher)
-    refused(ValueError, "leading shape", "[4]", "[5]", call=call(*shorter))
-    doubled = (student.double(), teacher.double()) if last else (student, teacher)
-    refused(ValueError, "dtype", "float64", call=call(*doubled))
-    refused(ValueError, "divergence", "forward_kl", call=call(divergence="forward_kl" if last else "jsd"))
-    refused(ValueError, "divergence", "0.2", call=call(divergence=kd.JSD(0.2 if last else 0.3)))
-    refused(ValueError, "temperature", "2.0", call=call(temperature=2.0 if last else 1.0))
-    refused(ValueError, "reduction", "sum", call=call(reduction="sum" if last else "mean"))
-    refused(ValueError, "backend", "eager", call=call(backend="eager" if last else "cpp"))
-    refused(ValueError, "gradients", "True", call=call(student.clone().requires_grad_(last)))
-    refused(ValueError, "return_stats", call=call(return_stats=last))
-    labels[0] += last
-    refused(ValueError, "labels", "checksum", call=call(labels=labels))
-    words = ("rank", "temperature", "must be > 0") if not last else ("temperature", "must be > 0")
-    refused(ValueError, *words, call=call(temperature=-1.0 if last else 1.0))
-    refused(ValueError, "vocabularies", "different tokenizers", call=call(t=teacher[:, 1:] if last else teacher))
-    refused(ValueError, "vocab_size", "at most", call=call(vocab_size=V + 1))
-    refused(ValueError, "labels", f"[0, {V})", call=call(labels=torch.full((5,), V)))
-    moved = student
-    if world.rank < 2:
-        moved = student[:, 1:] if world.rank else torch.cat((student, student[:, :1]), 1)
-    refused(ValueError, "shards", "cut at the same columns", call=call(moved))
-    sparse = kd.compress(torch.randn(5, 50), 3)
-    refused(ValueError, "SparseLogits", call=call(t=sparse))
-    refused(ValueError, "backend", "float64", call=call(student.double(), teacher.double(), backend="cpp"))
-    leaf = student.clone().requires_grad_() * 1 if last else student.clone().requires_grad_()
-    refused(ValueError, "inplace", "leaf", call=call(leaf, inplace=True))
-    refused(TypeError, "group", "a ProcessGroup", call=lambda: kd.distillation_loss(student, teacher, group="tp"))
-    assert loss(student, teacher).isfinite()
-
-
-def case_digests(world: World) -> None:
-    """Where looking costs a synchronisation: a digest rides in the first gather, a difference is NaN, then an error."""
-    columns, last = world.columns("even"), world.rank == world.size - 1
-    student, teacher = (x[:, columns].clone() for x in cases.pair("ordinary", 5, V, torch.float32))
-    whole = loss(student, teacher)
-    before = shard_pages.exchanges_always
-    shard_pages.exchanges_always = lambda device: False
-    try:
-        assert torch.equal(loss(student, teacher), whole)
-        counting = Traffic()
-        with counting.counted():
-            assert torch.equal(loss(student, teacher), whole)
-        assert counting.sent == [16 * 5 + 4, 8 * 5]
-        assert loss(student, teacher, temperature=2.0 if last else 1.0).isnan()
-        refused(ValueError, "group", "different calls", call=lambda: loss(student, teacher))
-        assert torch.equal(loss(student, teacher), whole)
-    finally:
-        shard_pages.exchanges_always = before
-
-
-def case_compositions(world: World) -> None:
-    """Gradient checkpointing, a retained graph, torch.compile, and what opcheck says of the operator."""
-    from torch.utils.checkpoint import checkpoint
-
-    student, teacher, mine, theirs, _ = _linear(world, "even", torch.float64, bias=False)
-    whole = student.hidden.clone().requires_grad_()
-    kd.distillation_loss(dataclasses.replace(student, hidden=whole), teacher, "jsd").backward()
-    hidden = student.hidden.clone().requires_grad_()
-
-    def run(x: Tensor) -> Tensor:
-        value: Tensor = loss(dataclasses.replace(mine, hidden=torch.tanh(x)), theirs)
-        return value
-
-    checkpoint(run, hidden, use_reentrant=False).backward()
-    once = hidden.clone().detach().requires_grad_()
-    run(once).backward()
-    assert torch.allclose(hidden.grad, once.grad, rtol=1e-12, atol=1e-16)
-    again = student.hidden.clone().requires_grad_()
-    value = loss(dataclasses.replace(mine, hidden=again), theirs)
-    value.backward(retain_graph=True)
-    value.backward()
-    assert torch.allclose(again.grad, 2 * whole.grad, rtol=1e-11, atol=1e-15)
-    if world.size == 2:
-        compiled = torch.compile(run, backend="eager")
-        assert torch.allclose(compiled(hidden), run(hidden), rtol=1e-12)
-    ones = torch.ones(5, dtype=torch.float64)
-    arguments = (
-        mine.hidden, mine.weight, None, 1.0, 0.0, theirs.hidden, theirs.weight, None, 1.0, 0.0, ones, None, None,
-        "jsd", 0.5, 0.0, 1.0, mine.weight.shape[0], world.cuts("even")[world.rank], V,
-        dist.group.WORLD.group_name, 0, 2, "eager", False, True, True, False, True,
-    )  # fmt: skip
-    torch.library.opcheck(torch.ops.kdkernels.shards.default, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def case_rows_in_shards(world: World) -> None:

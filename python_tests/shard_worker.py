@@ -1,7 +1,8 @@
 """Ranks for tests: ``python shard_worker.py FOLDER JOB...`` runs each job, ``SUITE:RANKS``, in forked processes.
 
 They share what is imported here. Rank r's results are in ``FOLDER/JOB.r``, a JSON object of names and what failed.
-Suites: ``cases`` (shard_cases.py), ``killed`` and ``late`` (what becomes of the last rank), ``mesh`` (shard_mesh.py).
+Suites: ``cases`` (shard_cases.py, shard_dtensors.py, shard_faults.py), ``killed`` and ``late`` (what becomes of the
+last rank), ``mesh`` (shard_mesh.py).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import time
 import traceback
 
 import shard_cases
+import shard_dtensors
+import shard_faults
 import shard_mesh
 import torch
 import torch.distributed as dist
@@ -28,7 +31,7 @@ TIMEOUT = 4.0  # seconds that a collective may take where a peer is dead or late
 def run_cases(rank: int, size: int) -> dict[str, str]:
     world = shard_cases.World(rank, size)
     results = {}
-    for name, case in shard_cases.CASES.items():
+    for name, case in (shard_cases.CASES | shard_dtensors.CASES | shard_faults.CASES).items():
         begin = time.perf_counter()
         try:
             case(world)

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
-from cases import ONE_OF_EACH, linear, pair
+from autograd_makes import LABELS, MAKES, Make, close, dense, fused, gradients, small
+from cases import ONE_OF_EACH, linear
 from torch import Tensor
 
 import kdkernels as kd
 from kdkernels.divergences import Divergence
-
-LABELS = torch.tensor([[3, 0, -100], [10, 7, 7]])
-
-
-def small(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    return tuple(z.reshape(2, 3, 11) for z in pair("ordinary", 6, 11, dtype))  # type: ignore[return-value]
 
 
 # gradcheck evaluates twice per input number: a few rows suffice
@@ -53,44 +44,6 @@ def test_gradcheck_of_hidden_weight_and_bias(backend: str, reduction: str, chunk
     assert side.bias is not None
     leaves = tuple(x.requires_grad_() for x in (side.hidden, side.weight, side.bias))
     assert torch.autograd.gradcheck(loss, leaves)
-
-
-Make = Callable[..., tuple[list[Tensor], Tensor]]
-
-
-def dense(**options: Any) -> tuple[list[Tensor], Tensor]:
-    """Leaves and the loss of logits."""
-    student, teacher = small(options.pop("dtype", torch.float32))
-    student.requires_grad_()
-    return [student], kd.distillation_loss(student, teacher, "jsd", labels=LABELS, ce_weight=0.5, **options)
-
-
-def dense_inplace(**options: Any) -> tuple[list[Tensor], Tensor]:
-    student, teacher = small(options.pop("dtype", torch.float32))
-    student.requires_grad_()
-    options = {"labels": LABELS, "ce_weight": 0.5, "inplace": True, **options}
-    return [student], kd.distillation_loss(student * 1, teacher, "jsd", **options)
-
-
-def fused(**options: Any) -> tuple[list[Tensor], Tensor]:
-    """Leaves and the loss of hidden states and a head, in two chunks."""
-    dtype = options.pop("dtype", torch.float32)
-    side, teacher = linear(6, 8, 11, dtype, bias=True), linear(6, 5, 11, dtype, seed=2)
-    side, teacher = (dataclasses.replace(x, hidden=x.hidden.reshape(2, 3, -1)) for x in (side, teacher))
-    leaves = [x.requires_grad_() for x in (side.hidden, side.weight, side.bias) if x is not None]
-    options = {"chunk_bytes": 2 * 11 * dtype.itemsize * 3, "labels": LABELS, "ce_weight": 0.5, **options}
-    return leaves, kd.distillation_loss(side, teacher, "jsd", **options)
-
-
-MAKES = [dense, dense_inplace, fused]
-
-
-def close(a: list[Tensor], b: list[Tensor], factor: Tensor | float = 1.0) -> bool:
-    return all((x - factor * y).norm() <= 1e-6 * (factor * y).norm() for x, y in zip(a, b, strict=True))
-
-
-def gradients(leaves: list[Tensor], loss: Tensor, *arriving: Tensor, **options: Any) -> list[Tensor]:
-    return [g.clone() for g in torch.autograd.grad(loss, leaves, *arriving, **options)]
 
 
 @pytest.mark.parametrize("make", MAKES)
@@ -182,62 +135,6 @@ def test_a_row_that_nobody_asks_for_may_hold_nan(backend: str, form: str, dtype:
     assert hidden.grad is not None
     assert (hidden.grad[~wanted] == 0).all()
     assert (hidden.grad[wanted].abs().sum(-1) > 1e-3).all()
-
-
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("make", MAKES)
-def test_a_second_derivative_is_a_clear_error(backend: str, make: Make, reduction: str) -> None:
-    leaves, loss = make(backend=backend, reduction=reduction)
-    first = torch.autograd.grad(loss.sum(), leaves, create_graph=True)
-    reference, loss = make(backend=backend, reduction=reduction)
-    assert close(list(first), gradients(reference, loss.sum()))  # the first one is right
-    squares = sum(g.square().sum() for g in first)
-    assert isinstance(squares, Tensor)
-    for leaf in leaves:
-        with pytest.raises(RuntimeError, match=r"create_graph=True.*log_softmax"):
-            torch.autograd.grad(squares, leaf, retain_graph=True)
-    with pytest.raises(RuntimeError, match=r"create_graph=True.*log_softmax"):
-        squares.backward()
-
-
-@pytest.mark.parametrize("make", MAKES)
-def test_the_incoming_gradient_cannot_be_differentiated_either(backend: str, make: Make) -> None:
-    leaves, loss = make(backend=backend)
-    factor = torch.tensor(2.0, requires_grad=True)
-    first = torch.autograd.grad(loss * factor, leaves, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"create_graph=True.*log_softmax"):
-        torch.autograd.grad(first[0].sum(), factor)
-
-
-@pytest.mark.parametrize("make", MAKES)
-def test_the_guard_holds_no_logits(backend: str, make: Make) -> None:
-    """Only what the gradient needs stays between forward and backward."""
-    leaves, loss = make(backend=backend)
-    anchored = loss.grad_fn
-    while anchored is not None and not hasattr(anchored, "anchors"):
-        anchored = anchored.next_functions[0][0]
-    assert anchored is not None
-    assert len(anchored.anchors) == len(leaves)
-    assert all(x.numel() == 1 and x.untyped_storage().nbytes() <= 8 for x in anchored.anchors)
-
-
-@pytest.mark.parametrize("make", MAKES)
-def test_batched_gradients(backend: str, make: Make) -> None:
-    leaves, loss = make(backend=backend)
-    factors = torch.tensor([1.0, 0.0, -3.0])
-    batched = torch.autograd.grad(loss, leaves, factors, is_grads_batched=True, retain_graph=True)
-    for i, factor in enumerate(factors):
-        assert close([g[i] for g in batched], gradients(leaves, loss, retain_graph=True), factor)
-
-
-def test_torch_func_is_a_clear_error(backend: str) -> None:
-    student, teacher = small()
-
-    def loss(z: Tensor) -> Tensor:
-        return kd.distillation_loss(z, teacher, backend=backend)
-
-    with pytest.raises(ValueError, match=r"inside torch\.func\.grad.*use torch\.autograd\.grad"):
-        torch.func.grad(loss)(student)
 
 
 @pytest.mark.parametrize("need", [("hidden",), ("weight",), ("bias",), ("hidden", "bias"), ("weight", "bias"), ()])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,12 @@ import cache_cases as cases
 import numpy as np
 import pytest
 
-from kdkernels import cli
-from kdkernels.compression import codec, importers
+from kdkernels.compression import importers
 from kdkernels.compression.import_columns import Columns
 from kdkernels.compression.manifest import CacheError
 from kdkernels.compression.reader import CacheReader
 
 Array = np.ndarray[Any, Any]
-EXAMPLES = 4
 
 
 def shuffled(number: int) -> tuple[Array, Array, Array]:
@@ -32,14 +29,6 @@ def write(examples: Any, out: Path, **options: Any) -> CacheReader:
     return importers.write(examples, out, **{"vocab_size": cases.VOCAB, "bits": 32, **options})
 
 
-def close(got: codec.Decoded, number: int, tail: float = 0.0) -> None:
-    """Ids and log-probabilities exactly; the tail within `tail` (it was 1 minus the sum of the others)."""
-    ids, log_probs, log_tail = cases.example(number)
-    np.testing.assert_array_equal(got.ids, ids)
-    np.testing.assert_array_equal(got.log_probs, log_probs)
-    np.testing.assert_allclose(np.exp(got.log_tail), np.exp(log_tail), rtol=0, atol=tail)
-
-
 # --- arrays ---
 
 
@@ -48,28 +37,28 @@ def close(got: codec.Decoded, number: int, tail: float = 0.0) -> None:
 def test_arrays(tmp_path: Path, stacked: bool, tail: bool) -> None:
     folder = tmp_path / "files"
     folder.mkdir()
-    rows = [shuffled(i) for i in range(EXAMPLES)]
+    rows = [shuffled(i) for i in range(cases.EXAMPLES)]
     names = ("ids", "log_probs", "log_tail") if tail else ("ids", "log_probs")
     if stacked:
         for name, arrays in zip(names, zip(*rows, strict=True), strict=False):
             np.save(folder / f"{name}.npy", np.stack(arrays))
-        np.save(folder / "input_ids.npy", np.stack([cases.tokens(i) for i in range(EXAMPLES)]))
+        np.save(folder / "input_ids.npy", np.stack([cases.tokens(i) for i in range(cases.EXAMPLES)]))
     else:
         for i, arrays in enumerate(rows):
             np.savez(folder / f"block-{i:04d}.npz", **dict(zip(names, arrays, strict=False)), input_ids=cases.tokens(i))
     examples = importers.read("arrays", folder, vocab_size=cases.VOCAB)
-    assert len(examples) == EXAMPLES
+    assert len(examples) == cases.EXAMPLES
     reader = write(examples, tmp_path / "cache", teacher="x")
     assert reader.settings.teacher == "x"
-    for i in range(EXAMPLES):
-        close(reader.read(i, cases.tokens(i)), i, 0.0 if tail else 3e-7)
+    for i in range(cases.EXAMPLES):
+        cases.close(reader.read(i, cases.tokens(i)), i, 0.0 if tail else 3e-7)
     assert reader.verify() == []
 
 
 def test_an_import_goes_on(tmp_path: Path) -> None:
     folder = tmp_path / "files"
     folder.mkdir()
-    for i in range(EXAMPLES):
+    for i in range(cases.EXAMPLES):
         if i == 2:
             write(importers.read("arrays", folder, vocab_size=cases.VOCAB), tmp_path / "cache")
         ids, log_probs, log_tail = cases.example(i)
@@ -77,8 +66,8 @@ def test_an_import_goes_on(tmp_path: Path) -> None:
     seen: list[int] = []
     again = importers.read("arrays", folder, vocab_size=cases.VOCAB)
     reader = write(again, tmp_path / "cache", resume=True, progress=seen.append)
-    assert reader.ids().tolist() == list(range(EXAMPLES))
-    assert seen == [1] * EXAMPLES
+    assert reader.ids().tolist() == list(range(cases.EXAMPLES))
+    assert seen == [1] * cases.EXAMPLES
 
 
 def test_padding_and_masses(tmp_path: Path) -> None:
@@ -122,14 +111,14 @@ def axolotl(i: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("how", ["rows", "disk", "parquet"])
 def test_axolotl_columns(tmp_path: Path, how: str) -> None:
-    source: Any = [axolotl(i) for i in range(EXAMPLES)]
+    source: Any = [axolotl(i) for i in range(cases.EXAMPLES)]
     if how != "rows":
         datasets = pytest.importorskip("datasets")
         made = datasets.Dataset.from_list(source)
         source = tmp_path / ("data" if how == "disk" else "data.parquet")
         made.save_to_disk(str(source)) if how == "disk" else made.to_parquet(str(source))
     reader = write(importers.read("axolotl", source, vocab_size=cases.VOCAB), tmp_path / "cache")
-    for i in range(EXAMPLES):
+    for i in range(cases.EXAMPLES):
         got, (ids, log_probs, _) = reader.read(i, cases.tokens(i)), cases.example(i)
         assert got.ids[0].tolist() == [-1] * cases.K, "masked"
         np.testing.assert_array_equal(got.ids[1:], ids[1:])
@@ -159,20 +148,20 @@ def packed(i: int, dtype: str, delta: bool) -> dict[str, Any]:
 ])  # fmt: skip
 def test_distillkit_packed_columns(tmp_path: Path, dtype: str, delta: bool, error: float) -> None:
     settings = {"d": cases.VOCAB, "k": cases.K, "exact_k": cases.K, "exact_dtype": dtype, "delta_encoding": delta}
-    source = [packed(i, dtype, delta) for i in range(EXAMPLES)]
+    source = [packed(i, dtype, delta) for i in range(cases.EXAMPLES)]
     examples = importers.read("distillkit", source, vocab_size=cases.VOCAB, compression=settings)
     reader = write(examples, tmp_path / "cache")
-    for i in range(EXAMPLES):
+    for i in range(cases.EXAMPLES):
         got, (ids, log_probs, _) = reader.read(i, cases.tokens(i)), cases.example(i)
         np.testing.assert_array_equal(got.ids, ids)
         np.testing.assert_allclose(got.log_probs, log_probs, rtol=0, atol=error)
 
 
 def test_distillkit_plain_columns(tmp_path: Path) -> None:
-    source = [dict(zip(("token_ids", "top_values"), shuffled(i)[:2], strict=True)) for i in range(EXAMPLES)]
+    source = [dict(zip(("token_ids", "top_values"), shuffled(i)[:2], strict=True)) for i in range(cases.EXAMPLES)]
     reader = write(importers.read("distillkit", source, vocab_size=cases.VOCAB), tmp_path / "cache")
-    for i in range(EXAMPLES):
-        close(reader.read(i), i, 3e-7)
+    for i in range(cases.EXAMPLES):
+        cases.close(reader.read(i), i, 3e-7)
 
 
 # --- what a user may get wrong ---
@@ -248,95 +237,3 @@ def test_tokens_and_rows_must_go_together(tmp_path: Path) -> None:
         write(importers.read("axolotl", source, vocab_size=cases.VOCAB), tmp_path / "cache")
     with pytest.raises(CacheError, match="aligned = 'left': must be one of 'next', 'same'"):
         write(importers.read("axolotl", source, vocab_size=cases.VOCAB), tmp_path / "cache", aligned="left")
-
-
-# --- the command line ---
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    try:
-        status = cli.main(list(map(str, arguments)))
-    except SystemExit as stop:
-        status = stop.code  # type: ignore[assignment]
-    out, errors = capsys.readouterr()
-    return status, out, errors
-
-
-def test_verify_stat_and_merge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for rank in (0, 1):
-        cases.build(tmp_path / f"part{rank}", range(rank, 20, 2), metadata={"seed": 3})
-    parts = [tmp_path / "part0", tmp_path / "part1"]
-    status, out, _ = run(capsys, "cache", "merge", tmp_path / "all", *parts)
-    assert (status, out) == (0, f"{tmp_path / 'all'}: 20 examples taken in, 20 in all\n")
-    status, out, _ = run(capsys, "cache", "merge", tmp_path / "all", *parts)
-    assert out.endswith("0 examples taken in, 20 in all\n")
-    status, out, _ = run(capsys, "cache", "verify", tmp_path / "all", "--quiet")
-    assert (status, out) == (0, f"{tmp_path / 'all'}: 20 examples, every checksum right\n")
-    status, out, _ = run(capsys, "cache", "stat", tmp_path / "all")
-    lines = dict(line.split(maxsplit=1) for line in out.splitlines())
-    assert lines["examples"] == "20"
-    assert lines["metadata.seed"] == "3"
-    assert lines["teacher"] == "somebody"
-    status, out, _ = run(capsys, "cache", "stat", tmp_path / "all", "--json")
-    assert json.loads(out) == CacheReader(tmp_path / "all").stat()
-    shard = next((tmp_path / "all").glob("*.safetensors"))
-    data = bytearray(shard.read_bytes())
-    data[-3] ^= 1
-    shard.unlink()  # a link to the part's
-    shard.write_bytes(data)
-    status, out, _ = run(capsys, "cache", "verify", tmp_path / "all", "--quiet")
-    assert status == 1
-    assert out.count("\n") == 1
-    assert "is damaged: the checksum of example" in out
-
-
-def test_import_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "files").mkdir()
-    for i in range(EXAMPLES):
-        ids, log_probs, log_tail = cases.example(i)
-        np.savez(tmp_path / "files" / f"{i}.npz", ids=ids, log_probs=log_probs, log_tail=log_tail)
-    line = [
-        "cache",
-        "import",
-        tmp_path / "files",
-        "--out",
-        tmp_path / "c",
-        "--format",
-        "arrays",
-        "--bits",
-        32,
-        "--quiet",
-    ]
-    status, out, errors = run(capsys, *line, "--vocab-size", cases.VOCAB, "--teacher", "x")
-    assert status == 0, errors
-    assert "examples" in out
-    close(CacheReader(tmp_path / "c").read(2), 2)
-    status, _, errors = run(capsys, *line, "--vocab-size", cases.VOCAB)
-    assert status == 2
-    assert "must be new, it is a cache of 4 examples; go on with resume=True (--resume)" in errors
-    status, _, errors = run(capsys, *line, "--vocab-size", 9, "--resume")
-    assert status == 2
-    assert errors.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        (["cache"], "teacher is ''; allowed: a folder, a file or a name; give --teacher"),
-        (["cache", "--k", "many"], "invalid int value: 'many'"),
-        (["cache", "build", "--out", "x", "--teacher", "y"], "data is ''"),
-        (["cache", "frobnicate"], "invalid choice: 'frobnicate'"),
-        (["cache", "stat"], "the following arguments are required: CACHE"),
-        (["cache", "verify", "/no/such"], "path = '/no/such': must be a teacher cache, it is no folder"),
-        (["cache", "merge", "/no/such", "/none"], "path = '/none': must be a teacher cache"),
-        (["cache", "import", "/no", "--out", "x", "--format", "arrays"], "required: --vocab-size"),
-        (["cache", "--config", "nowhere.json"], "config is 'nowhere.json'; no such file"),
-        (["cache", "--steps", "3"], "unrecognized arguments: --steps 3"),
-    ],
-)
-def test_wrong_commands_are_one_line(arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, errors = run(capsys, *arguments)
-    assert status == 2
-    assert out == ""
-    assert text in errors
-    assert errors.count("\n") == 1

@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent
-NAMES = re.findall(r"^def case_(\w+)", (FOLDER / "shard_cases.py").read_text(encoding="utf-8"), re.MULTILINE)
+FILES = ("shard_cases.py", "shard_dtensors.py", "shard_faults.py")
+CASES = "".join((FOLDER / name).read_text(encoding="utf-8") for name in FILES)
+NAMES = re.findall(r"^def case_(\w+)", CASES, re.MULTILINE)
 
 
 JOBS = ("cases:2", "cases:3", "cases:4", "killed:3", "late:3", "mesh:4")
