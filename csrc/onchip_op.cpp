@@ -1,36 +1,14 @@
 // The leaf of forward and reverse KL on a GPU with rows kept on chip; see cuda/onchip.h. Only where nvcc was
 // found.
 #ifdef KD_CUDA
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "checks.h"
 #include "cuda/onchip.h"
-
-// Weak: a CPU build of torch has no streams, and is never asked for one.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+#include "cuda_glue.h"
 
 namespace kd {
 namespace {
-
-constexpr int64_t kMost = (int64_t{1} << 31) - 1;
-
-kd_dtype dtype_of(const Tensor& student) {
-  switch (student.scalar_type()) {
-    case ScalarType::Float:
-      return KD_F32;
-    case ScalarType::Half:
-      return KD_F16;
-    case ScalarType::BFloat16:
-      return KD_BF16;
-    default:
-      break;
-  }
-  require(false, "student is ", dtype_name(student.scalar_type()),
-          "; it must be float32, float16 or bfloat16");
-  return KD_F32;
-}
 
 void check_rows(const char* name, const Tensor& t, const Tensor& student, int64_t vocab, int64_t bytes) {
   require(t.is_cuda() && t.get_device_index() == student.get_device_index(), name,
@@ -59,7 +37,7 @@ void check_numbers(const char* name, const Tensor& t, const Tensor& student) {
 void kl_onchip_(const Tensor& student, const Tensor& teacher, const Tensor& w_kd, bool reverse,
                 double temperature, int64_t vocab, int64_t cluster, int64_t stages, const Tensor& loss,
                 const OptionalTensor& dlogits) {
-  const kd_dtype dtype = dtype_of(student);
+  const kd_dtype dtype = gpu_dtype_of("student", student);
   const int64_t bytes = dtype == KD_F32 ? 4 : 2;
   require(std::isfinite(temperature) && temperature > 0, "temperature is ", temperature,
           "; it must be positive");
@@ -95,11 +73,7 @@ void kl_onchip_(const Tensor& student, const Tensor& teacher, const Tensor& w_kd
   call.temperature = temperature;
   call.cluster = static_cast<int32_t>(cluster);
   call.stages = static_cast<int32_t>(stages);
-  void* stream = nullptr;
-  require(aoti_torch_get_current_cuda_stream &&
-              aoti_torch_get_current_cuda_stream(student.get_device_index(), &stream) == 0,
-          "torch names no CUDA stream");
-  const char* wrong = kd_onchip(&call, stream);
+  const char* wrong = kd_onchip(&call, stream_of(student.get_device_index()));
   require(!wrong, "the launch failed: ", wrong ? wrong : "");
 }
 

@@ -1,7 +1,6 @@
 // kdkernels_C::topk_ on CUDA tensors: between tensors and the launches of cuda/topk_plan.h. Only where nvcc
 // was found.
 #ifdef KD_CUDA
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -11,31 +10,11 @@
 #include <atomic>
 #include <vector>
 
-#include "checks.h"
 #include "cuda/topk_plan.h"
-
-// Weak: a CPU build of torch has no streams, and is never asked for one.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+#include "cuda_glue.h"
 
 namespace kd {
 namespace {
-
-constexpr int64_t kMost = (int64_t{1} << 31) - 1;
-
-kd_dtype dtype_of_logits(const Tensor& logits) {
-  switch (logits.scalar_type()) {
-    case ScalarType::Float:
-      return KD_F32;
-    case ScalarType::Half:
-      return KD_F16;
-    case ScalarType::BFloat16:
-      return KD_BF16;
-    default:
-      break;
-  }
-  require(false, "logits is ", dtype_name(logits.scalar_type()), "; it must be float32, float16 or bfloat16");
-  return KD_F32;
-}
 
 void check_temperature(const char* name, double value) {
   require(std::isfinite(value) && value > 0, name, " is ", value, "; it must be positive");
@@ -86,10 +65,7 @@ void start(const kd_topk& args, const Tensor& logits) {
   // From torch's allocator: it belongs to the current stream, and a CUDA graph keeps it.
   const auto bytes = static_cast<int64_t>(topk::scratch_bytes(args, count));
   const Tensor scratch = torch::stable::new_empty(logits, {std::max<int64_t>(bytes, 1)}, ScalarType::Byte);
-  void* stream = nullptr;
-  require(aoti_torch_get_current_cuda_stream && aoti_torch_get_current_cuda_stream(device, &stream) == 0,
-          "torch names no CUDA stream");
-  const int code = kd_topk_cuda(&args, scratch.mutable_data_ptr(), count, stream);
+  const int code = kd_topk_cuda(&args, scratch.mutable_data_ptr(), count, stream_of(device));
   require(code == 0, "the launch failed: ", kd_cuda_error(code));
 }
 
@@ -98,7 +74,7 @@ void topk_(const Tensor& logits, const OptionalTensor& bias, double scale, doubl
            const Tensor& log_probs, const Tensor& log_tail, const OptionalTensor& entropy,
            const OptionalTensor& other_tails) {
   kd_topk args{};
-  args.dtype = dtype_of_logits(logits);
+  args.dtype = gpu_dtype_of("logits", logits);
   check_logits(logits, bias, vocab);
   const int64_t rows = logits.size(0), others = static_cast<int64_t>(other_temperatures.size());
   check_finite("scale", scale);

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdkernels import native, triton
+from kdkernels import leaves, native, triton
 
 if TYPE_CHECKING:
     from kdkernels.ops.rows import RowSpec, Side
@@ -104,7 +104,7 @@ class Launch(NamedTuple):
 def start(launch: Launch) -> None:
     """Launch the kernel on the student's GPU and current stream; tests put an emulator in its place."""
     with torch.cuda.device(launch.student.device):
-        native.kl_onchip_(
+        leaves.kl_onchip_(
             launch.student, launch.teacher, launch.w_kd, launch.kernel == "reverse_kl", launch.temperature,
             launch.vocab, launch.plan.cluster, launch.plan.stages, launch.loss, launch.dlogits,
         )  # fmt: skip

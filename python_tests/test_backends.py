@@ -50,7 +50,7 @@ def test_auto_takes_the_native_kernels_where_they_serve(backend: str, monkeypatc
 def test_the_chosen_backend_does_the_work(backend: str, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call with backend="cpp" never falls back to eager, nor the other way round."""
     used = []
-    for module, name, function in ((rows.eager, "eager", "divergence_rows_"), (rows.native, "cpp", "dense_")):
+    for module, name, function in ((rows.eager, "eager", "divergence_rows_"), (rows.leaves, "cpp", "dense_")):
         original = getattr(module, function)
         monkeypatch.setattr(module, function, lambda *a, _o=original, _n=name, **k: (used.append(_n), _o(*a, **k))[1])
     side = linear(4, 5, 11, torch.float32) if fused else pair("ordinary", 4, 11, torch.float32)[0]

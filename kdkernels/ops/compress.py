@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdkernels import eager_topk, memory, native
+from kdkernels import eager_topk, leaves, memory
 from kdkernels.chunking import spans
 from kdkernels.logits import transform
 from kdkernels.ops.head import Source, _without_autocast
@@ -60,7 +60,7 @@ def topk_rows_(
 
 
 def _native_topk(side: Side, temperature: float, vocab: int, k: int, others: Sequence[float], *results: Any) -> None:
-    native.topk_(side.x, side.bias, side.scale, side.softcap, temperature, vocab, k, list(others), *results)
+    leaves.topk_(side.x, side.bias, side.scale, side.softcap, temperature, vocab, k, list(others), *results)
 
 
 def draw_rows_(backend: str, side: Side, temperature: float, vocab: int, uniforms: Tensor, ids: Tensor) -> None:
@@ -71,7 +71,7 @@ def draw_rows_(backend: str, side: Side, temperature: float, vocab: int, uniform
     if backend == "eager":
         eager_topk.draw_rows_(side, temperature, vocab, uniforms, ids)
         return
-    native.draw_(side.x, side.bias, side.scale, side.softcap, temperature, vocab, uniforms, ids)
+    leaves.draw_(side.x, side.bias, side.scale, side.softcap, temperature, vocab, uniforms, ids)
 
 
 def _chunks(source: Source, vocab: int, chunk_rows: int) -> Iterator[tuple[slice, Side]]:

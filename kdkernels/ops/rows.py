@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdkernels import eager, native, onchip
+from kdkernels import eager, leaves, native, onchip
 from kdkernels.weights import RowWeights
 
 STATS = 6
@@ -63,7 +63,7 @@ def divergence_rows_(
 ) -> None:
     """Fill ``loss [C]``, ``dlogits [C, >= vocab]`` (may be ``student.x``) and ``stats [C, 6]`` with one backend."""
     if backend == "cpp":
-        native.dense_(
+        leaves.dense_(
             student.x, teacher.x, student.bias, teacher.bias,
             student.scale, student.softcap, teacher.scale, teacher.softcap,
             weights.kd, weights.ce, weights.labels,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kdkernels import eager_shards, native
+from kdkernels import eager_shards, leaves, native
 from kdkernels.eager_shards import Layout, Merged, Rows
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class CppParts(Parts):
         places = torch.zeros((rows, 2), dtype=torch.int64) if layout.stats else None
         if spec.vocab:
             given = _given(student, teacher, weights, spec, offset)
-            native.shard_norms_(*given, self._share, layout.cold, places)
+            leaves.shard_norms_(*given, self._share, layout.cold, places)
         else:
             self._share[:, [SHARE.index(name) for name in ("top_s", "top_t", "label")]] = -torch.inf
         picked = [SHARE.index(name) for name in layout.columns() if not name.startswith("place")]
@@ -89,7 +89,7 @@ class CppParts(Parts):
         made = torch.zeros((rows, 2), dtype=torch.float32)
         if spec.vocab:
             given = _given(student, teacher, weights, spec, 0)
-            native.shard_sums_(*given, self._share, _table(merged), again, self._kept(spec, rows), made)
+            leaves.shard_sums_(*given, self._share, _table(merged), again, self._kept(spec, rows), made)
         return made
 
     def gradient_(
@@ -113,7 +113,7 @@ class CppParts(Parts):
             dlogits.zero_()
             return
         given = _given(student, teacher, weights, spec, offset)
-        native.shard_gradient_(*given, self._share, _table(merged), kept, dlogits)
+        leaves.shard_gradient_(*given, self._share, _table(merged), kept, dlogits)
 
     def _kept(self, spec: RowSpec, rows: int) -> Tensor | None:
         return None if self._room is None or not spec.vocab else self._room[:rows].view(torch.float32)
@@ -190,7 +190,7 @@ def kept_width(backend: str, spec: RowSpec, itemsize: int) -> int | None:
     """Columns of the room of a row that its grad is kept in, in numbers of ``itemsize`` bytes; None: it never is."""
     if backend != "cpp" or spec.kernel in ONLINE:
         return None
-    return native.shard_kept_stride(spec.vocab) * 4 // itemsize
+    return leaves.shard_kept_stride(spec.vocab) * 4 // itemsize
 
 
 def parts_of(backend: str, room: Tensor | None) -> Parts:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdkernels import divergences, eager_sparse, native
+from kdkernels import divergences, eager_sparse, leaves
 from kdkernels.ops.dense import outputs
 from kdkernels.ops.library import EVERY_DEVICE, LIBRARY, register_row_autograd, summed
 from kdkernels.ops.rows import RowSpec, Side, kernel_id
@@ -49,7 +49,7 @@ def sparse_rows_(
     kept entries and the tail as one more, the kept entries renormalised, or the drawn frequencies.
     """
     if backend == "cpp":
-        native.sparse_(
+        leaves.sparse_(
             student.x, student.bias, student.scale, student.softcap, *teacher, *weights,
             kernel_id(spec.kernel), spec.a, spec.b, divergences.elements(spec.kernel).excess(spec.a, spec.b),
             MODES.index(spec.mode), spec.temperature, spec.vocab, loss, dlogits, stats,

@@ -96,5 +96,5 @@ def check_loss(config: DistillConfig, divergence: Any, cached: CachedTeacher) ->
             torch.zeros(1, cached.vocab), sparse, divergence, temperature=config.temperature,
             sparse_mode=cached.mode(config.sparse_mode),
         )  # fmt: skip
-    except (ValueError, NotImplementedError) as error:
+    except ValueError as error:
         raise UserError(f"with cache {str(cached.cache.path)!r}: {error}") from error
