@@ -50,6 +50,7 @@ def _facts(tools: plan.Toolchain, torch: locate.Torch, nvcc: locate.Nvcc | None,
         "instruction_sets": list(plan.instruction_sets(tools.root)),
         "nvcc": nvcc.release if nvcc else None,
         "cuda_sources": cuda,
+        "cuda_architectures": plan.cuda_architectures(nvcc) if nvcc else [],
         "sanitize": tools.sanitize,
         "kernels": list(generate.kernel_digests(tools.root).items()),
     }

@@ -103,15 +103,24 @@ def cpu_kernels(tools: Toolchain) -> list[Step]:
     return steps
 
 
-def cuda_kernels(tools: Toolchain, nvcc: Nvcc) -> list[Step]:
-    """csrc/cuda/*.cu: torch-free, so nvcc alone compiles them, whatever torch is installed."""
+def cuda_architectures(nvcc: Nvcc) -> list[int]:
+    """Compute capabilities, times ten, that CUDA kernels are compiled for; the last one's PTX is kept as well.
+
+    TORCH_CUDA_ARCH_LIST, as torch's own extensions read it, or all of `CUDA_ARCHITECTURES` that nvcc knows.
+    """
     known = subprocess.run([nvcc.command, "--list-gpu-arch"], capture_output=True, text=True, check=False).stdout
     wanted = [arch for arch in CUDA_ARCHITECTURES if f"compute_{arch}" in known.split()]
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
     if asked:
-        wanted = [re.sub(r"\D", "", part) for part in re.split(r"[;\s]+", asked.strip()) if part]
+        wanted = [digits for part in re.split(r"[;\s]+", asked) if (digits := re.sub(r"\D", "", part))]
     if not wanted:
         raise BuildError(f"nvcc {nvcc.release} knows none of sm_{', sm_'.join(CUDA_ARCHITECTURES)}: use a newer CUDA")
+    return sorted({int(arch) for arch in wanted})
+
+
+def cuda_kernels(tools: Toolchain, nvcc: Nvcc) -> list[Step]:
+    """csrc/cuda/*.cu: torch-free, so nvcc alone compiles them, whatever torch is installed."""
+    wanted = cuda_architectures(nvcc)
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in wanted]
     targets.append(f"-gencode=arch=compute_{wanted[-1]},code=compute_{wanted[-1]}")  # PTX, for GPUs to come
     steps = []

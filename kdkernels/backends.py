@@ -88,8 +88,10 @@ def _why_not_cuda_selection(device: torch.device, dtype: torch.dtype) -> str:
         return "kdkernels was built without CUDA kernels: install the CUDA toolkit (nvcc) and rebuild"
     if torch.version.cuda is None or not torch.cuda.is_available():
         return f"torch {torch.__version__} sees no NVIDIA GPU"
-    major, minor = torch.cuda.get_device_capability(device)
-    return "" if major >= 8 else f"needs compute capability 8.0, this GPU has {major}.{minor}"
+    found = torch.cuda.get_device_capability(device)
+    if found < triton.CAPABILITY:
+        return f"needs compute capability 8.0, this GPU has {found[0]}.{found[1]}"
+    return native.why_not_on_gpu(found, triton.CAPABILITY)
 
 
 def survey(device: torch.device, dtype: torch.dtype, kernel: str, sparse: bool = False) -> list[Verdict]:

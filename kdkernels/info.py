@@ -102,7 +102,8 @@ def _build_line(facts: dict[str, Any]) -> str:
     if not facts:
         return "none"
     parts = [f"torch {facts['torch']}", ", ".join(facts["instruction_sets"])]
-    parts.append(f"nvcc {facts['nvcc']}" if facts["nvcc"] else "no nvcc")
+    compiled = " ".join(f"sm_{arch}" for arch in facts.get("cuda_architectures", []))
+    parts.append(f"nvcc {facts['nvcc']} for {compiled or 'no GPU'}" if facts["nvcc"] else "no nvcc")
     if facts["sanitize"]:
         parts.append(f"sanitizers {facts['sanitize']}")
     return "; ".join(parts)

@@ -84,7 +84,8 @@ def reason() -> str:
 
 def facts() -> dict[str, Any]:
     """What the build is: version; the torch, python and compiler it was made with; instruction_sets, nvcc,
-    cuda_sources, sanitize, kernels (name -> digest). Empty without a native library."""
+    cuda_sources, cuda_architectures (compute capabilities times ten; the last one's PTX is there too), sanitize,
+    kernels (name -> digest). Empty without a native library."""
     known = dict(_load().facts)
     if known:
         known["kernels"] = dict(known["kernels"])
@@ -162,6 +163,21 @@ def kernel_id(name: str) -> int | None:
     if why_not(name):
         return None
     return ADAPTIVE_KL_ID if name == ADAPTIVE_KL else _kernel_ids()[name][0]
+
+
+def why_not_on_gpu(capability: tuple[int, int], least: tuple[int, int]) -> str:
+    """Why the build has no CUDA code that a GPU of this compute capability can run; empty where it has.
+
+    Machine code runs on GPUs of its major version, from its minor version on; the PTX of the newest architecture that
+    was compiled for on that one and all later ones. ``least``: what is compiled for GPUs below has empty kernels.
+    """
+    gpu, floor = (10 * major + minor for major, minor in (capability, least))
+    compiled = [arch for arch in _load().facts.get("cuda_architectures", []) if arch >= floor]
+    if any(arch // 10 == capability[0] and arch <= gpu for arch in compiled) or (compiled and compiled[-1] <= gpu):
+        return ""
+    built = ", ".join(f"sm_{arch}" for arch in compiled) or f"no sm_{floor} or later"
+    remedy = f"rebuild with TORCH_CUDA_ARCH_LIST={capability[0]}.{capability[1]}"
+    return f"the CUDA kernels were compiled for {built}, this GPU is sm_{gpu}: {remedy}"
 
 
 def has_onchip() -> bool:

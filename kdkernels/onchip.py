@@ -122,6 +122,9 @@ def obstacle(device: torch.device, dtype: torch.dtype, kernel: str) -> str:
     found = torch.cuda.get_device_capability(device)
     if found < CAPABILITY:
         return f"clusters of thread blocks need compute capability 9.0, this GPU has {found[0]}.{found[1]}"
+    why = native.why_not_on_gpu(found, CAPABILITY)
+    if why:
+        return why
     has = shared_memory(device)
     if has < SHARED:
         return f"a block takes {SHARED} bytes of shared memory, this GPU gives {has}"

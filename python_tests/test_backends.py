@@ -96,6 +96,38 @@ def test_cuda_says_what_it_selects_from() -> None:
         assert backends.choose("auto", gpu, torch.float32, backends.SELECTION) == "eager"
 
 
+@pytest.mark.parametrize(
+    ("compiled", "gpu", "selects", "keeps_rows"),
+    [
+        ([90], (8, 0), False, False),
+        ([80], (8, 6), True, False),
+        ([80], (9, 0), True, False),  # by PTX, in which the kernels of clusters are empty
+        ([90], (9, 0), True, True),
+        ([80, 90], (10, 0), True, True),  # by PTX
+        ([80, 100], (9, 0), False, False),  # machine code of neither major version, PTX of a later one
+        ([], (9, 0), False, False),
+    ],
+)
+def test_cuda_kernels_serve_gpus_that_they_were_compiled_for(
+    compiled: list[int], gpu: tuple[int, int], selects: bool, keeps_rows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "_load", lambda: native._State("", facts={"cuda_architectures": compiled}))
+    monkeypatch.setattr(native, "has_onchip", lambda: True)
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: gpu)
+    monkeypatch.setattr("kdkernels.triton.obstacle", lambda device, dtype: "")
+    monkeypatch.setattr("kdkernels.onchip.shared_memory", lambda device: 227 * 1024)
+    device = torch.device("cuda")
+    for kernel, serves in ((backends.SELECTION, selects), ("forward_kl", keeps_rows)):
+        verdict = backends.judge("cuda", device, torch.bfloat16, kernel)
+        assert verdict.serves == serves
+        if not serves and (gpu >= (9, 0) or kernel == backends.SELECTION):
+            assert f"rebuild with TORCH_CUDA_ARCH_LIST={gpu[0]}.{gpu[1]}" in verdict.reason
+
+
 def test_without_native_kernels_eager_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "available", lambda: False)
     monkeypatch.setattr(native, "reason", lambda: "kdkernels_C.so is not there: pip install .")

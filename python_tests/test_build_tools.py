@@ -76,6 +76,27 @@ def test_kernels_are_compiled_once_per_instruction_set_and_never_with_fast_math(
     assert not any("fast-math" in word or word == "-Ofast" for step in steps for word in step.command)
 
 
+@pytest.mark.parametrize(
+    ("asked", "found"), [("", [80, 90]), ("9.0a;8.0+PTX", [80, 90]), ("8.6 10.0", [86, 100]), (" 9.0 ", [90])]
+)
+def test_cuda_code_is_for_what_is_asked_or_all_that_nvcc_knows(
+    asked: str, found: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\nprintf 'compute_75\\ncompute_80\\ncompute_90\\n'\n")
+    nvcc.chmod(0o755)
+    known = locate.Nvcc(str(nvcc), "12.0", None)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    assert plan.cuda_architectures(known) == found
+    for step in plan.cuda_kernels(plan.Toolchain(ROOT, tmp_path, ("c++",)), known):
+        targets = [word for word in step.command if word.startswith("-gencode")]
+        assert [word.rpartition("_")[2] for word in targets] == [*(str(n) for n in found), str(found[-1])]
+        assert targets[-1].endswith(f"code=compute_{found[-1]}")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Volta")
+    with pytest.raises(options.BuildError, match=r"12\.0 knows none of sm_80"):
+        plan.cuda_architectures(known)
+
+
 def test_ninja_text_escapes_paths(tmp_path: Path) -> None:
     step = plan.Step(tmp_path / "a b:c$.o", (tmp_path / "in put.cpp",), ("echo", "$HOME x"))
     text = execute.ninja_text([step])

@@ -44,6 +44,7 @@ def test_the_library_has_the_kernels_where_nvcc_is() -> None:
 def test_reasons_against_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "obstacle", lambda device, dtype: "no GPU" if dtype == torch.float64 else "")
     monkeypatch.setattr(native, "has_onchip", lambda: True)
+    monkeypatch.setattr(native, "why_not_on_gpu", lambda capability, least: "")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert "compute forward_kl and reverse_kl, not jsd" in backends.judge("cuda", GPU, torch.bfloat16, "jsd").reason
     assert backends.judge("cuda", GPU, torch.float64, "forward_kl").reason == "no GPU"

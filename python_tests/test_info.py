@@ -80,6 +80,13 @@ def test_cuda_names_the_nearest_obstacle(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "; losses: " in reason
 
 
+@pytest.mark.skipif(not native.available(), reason="no native kernels")
+def test_text_names_the_gpus_that_were_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = {**native.facts(), "nvcc": "13.0", "cuda_architectures": [80, 90]}
+    monkeypatch.setattr(native, "facts", lambda: facts)
+    assert "nvcc 13.0 for sm_80 sm_90" in info.render()
+
+
 def test_text_names_every_divergence() -> None:
     row = next(line for line in info.render().splitlines() if line.startswith("divergences"))
     assert row.split(None, 1)[1].split(", ") == list(kdkernels.divergences.names())

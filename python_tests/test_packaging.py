@@ -207,6 +207,7 @@ def test_cuda_objects_are_built_with_nvcc_also_against_a_cpu_torch(tree: Path, e
     env.pip("--no-build-isolation", str(tree), KD_BUILD="cuda")
     facts = env.info()
     assert facts["build"]["cuda_sources"] == sorted(path.name for path in (tree / "csrc/cuda").glob("*.cu"))
+    assert facts["build"]["cuda_architectures"]
     assert facts["backends"]["cpp"]["available"], facts["backends"]["cpp"]["reason"]
     code = "import ctypes, kdkernels.native as n; n.available(); print(ctypes.CDLL(str(n.LIBRARY)).kd_probe(None))"
     status = int(env.succeed("-c", code))

@@ -35,6 +35,7 @@ def test_it_serves_every_divergence_on_a_gpu(gpu: pytest.MonkeyPatch) -> None:
 
 def test_it_serves_sparse_teachers_beside_kernels_that_do_not(gpu: pytest.MonkeyPatch) -> None:
     gpu.setattr(native, "has_onchip", lambda: True)
+    gpu.setattr(native, "why_not_on_gpu", lambda capability, least: "")
     gpu.setattr("kdkernels.onchip.shared_memory", lambda device: 227 * 1024)
     assert backends.choose("auto", GPU, torch.bfloat16, "forward_kl") == "cuda"
     assert backends.choose("auto", GPU, torch.bfloat16, "forward_kl", sparse=True) == "triton"
