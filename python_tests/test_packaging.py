@@ -182,7 +182,7 @@ def test_install_from_a_tree_editable_then_whole_then_without_native_code(tree: 
     assert not list((tree / "kdkernels").glob("*.so"))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @needs_compiler
 def test_install_without_nvcc_and_without_ninja(tmp_path: Path, tree: Path, env: Environment) -> None:
     """The plain loop compiles, and the build says that there was no nvcc."""
@@ -194,7 +194,7 @@ def test_install_without_nvcc_and_without_ninja(tmp_path: Path, tree: Path, env:
     assert "nvcc was not found" in facts["backends"]["cuda"]["reason"]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @needs_compiler
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 def test_cuda_objects_are_built_with_nvcc_also_against_a_cpu_torch(tree: Path, env: Environment) -> None:
