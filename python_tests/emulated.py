@@ -12,7 +12,7 @@ from ptx.triton_shim import Emulator
 import kdkernels.triton
 from kdkernels.triton import launch
 
-TARGETS = (80, 90)
+TARGETS = (80, 90, 100)
 
 
 @functools.cache

@@ -53,6 +53,23 @@ def test_every_divergence(divergence: Divergence, served: Serve) -> None:
         oracle.check(student, teacher, divergence, backend="triton", temperature=0.7)
 
 
+@pytest.mark.sample(1)
+@pytest.mark.parametrize(
+    ("divergence", "dtype"),
+    [(kd.ForwardKL(), torch.bfloat16), (kd.ReverseKL(), torch.float32), (kd.JSD(), torch.bfloat16),
+     (kd.AdaptiveKL(), torch.bfloat16)],
+    ids=ids,
+)  # fmt: skip
+def test_code_that_computes_in_pairs(divergence: Divergence, dtype: torch.dtype, served: Serve) -> None:
+    """Blackwell's; whole tiles, tails and labels."""
+    emulator = served(100)
+    for kind in ("ordinary", "masked"):
+        student, teacher = cases.pair(kind, 2, 4104, dtype)
+        options = {"labels": torch.tensor([4103, 3]), "ce_weight": 0.5, "temperature": 1.5}
+        oracle.check(student, teacher, divergence, backend="triton", **options)
+    assert "f32x2" in emulator.compiled[0].ptx
+
+
 @pytest.mark.parametrize("divergence", [kd.AlphaBeta(0.2, 0.7), kd.AlphaBeta(0.3, 0.7), kd.AlphaBeta(0.6, 0)], ids=ids)
 def test_powers_of_large_log_ratios(divergence: Divergence, served: Serve) -> None:
     """Where one power of the compiled form would vanish or overflow before its product does."""

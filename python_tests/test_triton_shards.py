@@ -8,7 +8,7 @@ import cases
 import golden
 import pytest
 import torch
-from emulated import serve
+from emulated import TARGETS, serve
 from torch import Tensor
 
 from kdkernels.ops.rows import RowSpec, Side
@@ -44,8 +44,11 @@ def in_shards(
 
 @pytest.mark.parametrize("kind", ["ordinary", "masked", "finfo_min_student", "one_hot"])
 @pytest.mark.parametrize("kernel", ["forward_kl", "jsd"])
-def test_shards_give_what_the_whole_row_gives(kernel: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    serve(monkeypatch)
+@pytest.mark.parametrize("target", TARGETS)
+def test_shards_give_what_the_whole_row_gives(
+    target: int, kernel: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve(monkeypatch, target)
     student, teacher = cases.pair(kind, 3, 301, torch.float32)
     labels = torch.tensor([0, 300, 160])
     weights = RowWeights(torch.tensor([1.0, 0.5, 0.0]), torch.tensor([0.3, 0.0, 0.0]), labels)
