@@ -15,7 +15,7 @@ typedef struct {
   kd_rows rows;
   int64_t kept;        // >= 1
   const int32_t* ids;  // [rows, kept], ascending in [0, vocab), then -1; a row that counts and is not so, or
-                       // holds none, is NaN
+                       // has no mass (KD_GHOST and KD_TRUNCATE: nor in its tail), is NaN
   const void* log_probs;  // [rows, kept] acc
   const void* log_tail;   // [rows] acc: log of the mass of the other entries
   int32_t mode;           // kd_sparse_mode

@@ -7,6 +7,9 @@ Of the teacher's row only K entries and the log of the rest's mass are known. Ho
 - ``truncate``: the formula summed over the K entries alone;
 - ``sampled``: ``-sum target log q`` over drawn entries with their frequencies, for forward KL.
 
+A row that keeps nothing is a distribution with all its mass in the tail: 0 in the first and the third mode, where the
+student's tail is its whole row too. The other two have nothing to normalise or to count then: NaN.
+
 In every mode the gradient has the form ``own_v - q_v G`` on the K entries and ``share_v rest`` elsewhere, with
 ``share_v = q_v / q_tail`` and one number ``rest`` a row. The student's tail is summed from its own entries.
 """
@@ -82,7 +85,7 @@ def sparse_rows_(
     side = _split(zs, lq, index, held, spec.temperature)
     compared = _compare(lp, teacher.log_tail, side, held, spec)
     nll, onehot = _cross_entropy(lq1, weights.labels, ce != 0)
-    bad = (_bad_rows(zs) | malformed(teacher, spec.vocab) | _no_distribution(lp, teacher.log_tail)) & counts
+    bad = (_bad_rows(zs) | malformed(teacher, spec.vocab) | _no_distribution(lp, teacher.log_tail, held, spec)) & counts
     bad = bad | (counts & compared.divergence.isnan())
     loss.copy_(torch.where(bad, torch.nan, _gated(kd, compared.divergence) + _gated(ce, nll)))
     if stats is not None:  # before the gradient, which may overwrite the logits
@@ -106,9 +109,12 @@ def malformed(teacher: SparseRows, vocab: int) -> Tensor:
     return wrong | ((after >= 0) & ((before < 0) | (after <= before))).any(-1)
 
 
-def _no_distribution(lp: Tensor, log_tail: Tensor) -> Tensor:
-    """Rows that hold NaN or +inf, or keep no entry with mass."""
-    return ~torch.isfinite(lp.amax(-1)) | (log_tail.isnan() | (log_tail == torch.inf))
+def _no_distribution(lp: Tensor, log_tail: Tensor, held: Tensor, spec: RowSpec) -> Tensor:
+    """Rows that hold NaN or +inf, or have no mass: among the kept entries, or in the tail where the mode takes one."""
+    mass = lp.amax(-1) > -torch.inf
+    if spec.mode in ("ghost", "truncate"):
+        mass = mass | ((log_tail > -torch.inf) & (held.sum(-1) < spec.vocab))
+    return ~mass | ~(lp < torch.inf).all(-1) | ~(log_tail < torch.inf)
 
 
 def _split(zs: Tensor, lq: Tensor, index: Tensor, held: Tensor, temperature: float) -> _Student:
@@ -181,6 +187,7 @@ def _statistics(
 ) -> Tensor:
     top = zs.argmax(-1)
     agree = top == ids.gather(-1, lp.argmax(-1, keepdim=True))[:, 0]  # ids ascend: the first of equals is the lower
+    agree = agree & (lp.amax(-1) > -torch.inf)
     correct = torch.zeros_like(agree) if labels is None else top == labels
     columns = compared.divergence, compared.entropy, _entropy(lq), agree, nll, correct
     return torch.stack([c.to(lq.dtype) for c in columns], -1)

@@ -33,6 +33,11 @@ class SparseLogits:
         entropy: of the whole row at ``temperature`` ``[...]``, nats, or None.
         other_tails: ``log_tail`` at further temperatures, by temperature: all that `at_temperature` needs besides.
 
+    A row may keep nothing (ids -1, ``log_tail`` 0: all mass in the tail), as one that no teacher has scored does. In a
+    loss its divergence is 0 with the modes "ghost" and "truncate", and it still counts in a mean: give it the label
+    ``ignore_index`` or the token weight 0 where it should not. "renormalize" and "sampled" have no distribution to
+    compare with: that row's loss is NaN, the others are not touched.
+
     Raises:
         TypeError, ValueError: naming the argument, its value and what is allowed. Values inside the tensors are looked
             at by the loss, not here.

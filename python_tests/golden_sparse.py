@@ -29,7 +29,7 @@ def distill(
 ) -> Golden:
     """`golden.distill` for a teacher of ids [N, K] (-1: nothing more), their log-probabilities and that of the rest.
 
-    Rows that count and keep nothing, or hold NaN or +inf on either side, give NaN.
+    Rows that count and have no mass to compare, or hold NaN or +inf on either side, give NaN.
     """
     student = golden._side(student)
     rows = student.x.shape[0]
@@ -47,9 +47,12 @@ def distill(
         held = ids[r][ids[r] >= 0].long()
         lp, tail = log_probs[r][: len(held)].double(), log_tail[r].double()
         wrong = torch.cat((z[r], lp, tail[None]))
+        kept_mass = bool((lp > -torch.inf).any())
+        tail_counts = mode in ("ghost", "truncate") and len(held) < vocab
         if (
-            not len(held) or wrong.isnan().any() or (wrong == torch.inf).any() or z[r].max() == -torch.inf
-            or lp.max() == -torch.inf or (mode == "renormalize" and z[r][held].max() == -torch.inf)
+            wrong.isnan().any() or (wrong == torch.inf).any() or z[r].max() == -torch.inf
+            or not (kept_mass or (tail_counts and tail > -torch.inf))
+            or (mode == "renormalize" and z[r][held].max() == -torch.inf)
             or (ce[r] != 0 and not labelled[r])
         ):  # fmt: skip
             for x in (loss, stats, grad):
@@ -67,7 +70,7 @@ def distill(
         loss[r] = kd[r] * value + ce[r] * nll.detach()
         lq = golden._log_probs(z[r][None] / temperature)[0][0].detach()
         best = int(golden._first_best(z[r][None]))
-        teachers = int(held[int(golden._first_best(lp[None]))])
+        teachers = int(held[int(golden._first_best(lp[None]))]) if kept_mass else -1
         correct = bool(labelled[r]) and best == int(label[r])
         figures = value, entropy, float(-(lq.exp() * lq).sum()), best == teachers, float(nll.detach()), correct
         stats[r] = torch.tensor([float(x) for x in figures], dtype=torch.float64)

@@ -85,9 +85,11 @@ def broken(teacher: kd.SparseLogits, how: str) -> kd.SparseLogits:
     """Row 1 spoiled."""
     ids, lp, tail = (x.clone() for x in (teacher.ids, teacher.log_probs, teacher.log_tail))
     if how == "nothing kept":
-        ids[1], lp[1] = -1, -torch.inf
+        ids[1], lp[1], tail[1] = -1, -torch.inf, 0
+    elif how == "kept without mass":
+        lp[1], tail[1] = -torch.inf, 0
     elif how == "no mass":
-        lp[1] = -torch.inf
+        lp[1], tail[1] = -torch.inf, -torch.inf
     elif how == "tail":
         tail[1] = torch.nan
     else:
@@ -95,7 +97,7 @@ def broken(teacher: kd.SparseLogits, how: str) -> kd.SparseLogits:
     return dataclasses.replace(teacher, ids=ids, log_probs=lp, log_tail=tail)
 
 
-@pytest.mark.parametrize("how", ["nan", "inf", "tail", "nothing kept", "no mass"])
+@pytest.mark.parametrize("how", ["nan", "inf", "tail", "no mass"])
 @pytest.mark.parametrize("mode", ["ghost", "renormalize", "truncate"])
 def test_a_broken_teacher_row_is_nan_and_alone(backend: str, mode: str, how: str) -> None:
     for dtype in (torch.float32, torch.float64):
@@ -104,6 +106,31 @@ def test_a_broken_teacher_row_is_nan_and_alone(backend: str, mode: str, how: str
         check_sparse(student, broken(clean, how), mode, backend=backend, reduction="none")
         weights = torch.tensor([1.0, 0.0, 1.0])
         check_sparse(student, broken(clean, how), mode, backend=backend, token_weights=weights)
+
+
+@pytest.mark.parametrize("mode", ALL_MODES)
+@pytest.mark.parametrize("how", ["nothing kept", "kept without mass"])
+def test_a_row_with_all_its_mass_in_the_tail(backend: str, how: str, mode: str) -> None:
+    """A distribution where the mode takes the tail: it asks nothing of the student. Else NaN, and alone."""
+    for dtype in DTYPES:
+        student, full = pair("ordinary", 3, 1100, dtype)
+        clean = draw(full, 6) if mode == "sampled" else keep(full, 6)
+        teacher, labels = broken(clean, how), torch.tensor([3, 800, 1099])
+        leaf = student.clone().requires_grad_()
+        output = kd.distillation_loss(
+            leaf, teacher, "forward_kl", sparse_mode=mode, backend=backend, reduction="none", return_stats=True
+        )
+        gradient = torch.autograd.grad(output.loss.sum(), leaf)[0].double()
+        assert output.stats.top1_agreement[1].nan_to_num() == 0
+        if mode in ("ghost", "truncate") and how == "nothing kept":
+            assert output.loss[1].abs() < 1e-6
+            assert gradient[1].abs().sum() < 1e-6 < gradient[0].abs().sum()
+        elif mode in ("renormalize", "sampled"):
+            assert output.loss.isnan().tolist() == [False, True, False]
+            assert gradient.isnan().any(-1).tolist() == [False, True, False]
+        for divergence in ("forward_kl",) if mode == "sampled" else ("forward_kl", "reverse_kl", "jsd"):
+            check_sparse(student, teacher, mode, divergence, backend=backend, reduction="none")
+            check_sparse(student, teacher, mode, divergence, backend=backend, labels=labels, ce_weight=0.3)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

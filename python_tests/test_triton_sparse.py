@@ -218,7 +218,7 @@ def test_rows_that_are_no_teacher_are_nan(served: Serve) -> None:
         elif spoil == 4:
             changed.log_tail[1] = torch.nan
         elif spoil == 5:
-            changed.ids[1] = -1  # keeps nothing
+            changed.ids[1], changed.log_tail[1] = -1, -torch.inf  # no mass anywhere
         elif spoil == 6:
             student[1, int(known.ids[1, 0])] = torch.nan
         else:
@@ -226,6 +226,22 @@ def test_rows_that_are_no_teacher_are_nan(served: Serve) -> None:
         due = definition(Side(student), changed, weights(5, None), RowSpec("jsd", 0.5, 0.0, 1.0, 301, "ghost"), student)
         assert due[0].isnan().tolist() == [False, True, False, False, False]
         compare(Side(student), changed, weights(5, None), RowSpec("jsd", 0.5, 0.0, 1.0, 301, "ghost"))
+
+
+@pytest.mark.parametrize("mode", ["ghost", "truncate", "renormalize", "sampled"])
+def test_a_row_with_all_its_mass_in_the_tail(mode: str, served: Serve) -> None:
+    """As the definition has it: 0 where the mode takes the tail, else NaN."""
+    served()
+    student, teacher = cases.pair("ordinary", 5, 301, torch.bfloat16)
+    known = largest(teacher, 9)
+    known.ids[1], known.log_tail[1] = -1, 0.0
+    known.log_probs[4], known.log_tail[4] = -torch.inf, 0.0
+    labels = torch.tensor([0, 300, 5, 9, 11])
+    spec = RowSpec("forward_kl", 0.0, 0.0, 1.0, 301, mode)
+    due = definition(Side(student), known, weights(5, labels), spec, student)
+    takes_tail = mode in ("ghost", "truncate")
+    assert due[0].isnan().tolist() == [False, not takes_tail, False, False, not takes_tail]
+    compare(Side(student), known, weights(5, labels), spec)
 
 
 def test_no_dense_teacher_and_nothing_unwritten_is_read(served: Serve) -> None:

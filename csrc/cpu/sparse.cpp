@@ -43,16 +43,22 @@ static Row sparse_row_at(const SparseTask& s, int64_t r, int64_t end) {
   return row;
 }
 
-// Ids and log-probabilities of a row. False: not ascending, out of range, none, or no distribution.
+// Whether the mass of a row's tail is part of what is compared.
+static bool takes_tail(const SparseTask& s) {
+  const int mode = s.args->mode;
+  return (mode == KD_GHOST || mode == KD_TRUNCATE) && s.kept.n < s.task.args->vocab;
+}
+
+// Ids and log-probabilities of a row. False: not ascending, out of range, or no distribution.
 static bool take_kept(SparseTask& s, int64_t r) {
   const int64_t most = s.args->kept;
   const int32_t* ids = s.args->ids + r * most;
   const float* lp = (const float*)s.args->log_probs + r * most;
-  int held = 0, wrong = ids[0] < 0;
+  int held = 0, wrong = 0;
   for (int64_t k = 0; k < most; ++k) held += ids[k] >= 0;
   for (int64_t k = 1; k < held; ++k) wrong |= ids[k] <= ids[k - 1];
   for (int64_t k = held; k < most; ++k) wrong |= ids[k] != -1;
-  if (wrong || ids[held - 1] >= s.task.args->vocab) return false;
+  if (wrong || (held && ids[held - 1] >= s.task.args->vocab)) return false;
   int broken = 0, mass = 0;
   for (int k = 0; k < held; ++k) {
     s.kept.lp[k] = lp[k];
@@ -62,6 +68,7 @@ static bool take_kept(SparseTask& s, int64_t r) {
   const float log_tail = ((const float*)s.args->log_tail)[r];
   s.kept.ids = ids;
   s.kept.n = held;
+  mass |= takes_tail(s) && log_tail > -INFINITY;
   return !broken && mass && log_tail < INFINITY;
 }
 
@@ -106,7 +113,7 @@ static void sparse_stats(const SparseTask& s, const Row& row, int64_t r, double 
   const double values[KD_STATS] = {c.d,
                                    c.entropy,
                                    entropy(row.s, s.task.per_t),
-                                   top == s.kept.ids[best] ? 1.0 : 0.0,
+                                   lp[best] > -INFINITY && top == s.kept.ids[best] ? 1.0 : 0.0,
                                    nll,
                                    top == row.label ? 1.0 : 0.0};
   for (int i = 0; i < KD_STATS; ++i) put(s.task.args->stats, r * KD_STATS + i, values[i]);

@@ -39,7 +39,10 @@ bool take_kept(Row& row) {
     if (row.ids[k] != -1) return false;
   }
   row.n = n;
-  return top > -kInfinity && ((const double*)row.args->log_tail)[row.r] < kInfinity;
+  const double log_tail = ((const double*)row.args->log_tail)[row.r];
+  const int mode = row.args->mode;
+  const bool tail = (mode == KD_GHOST || mode == KD_TRUNCATE) && n < vocab && log_tail > -kInfinity;
+  return (top > -kInfinity || tail) && log_tail < kInfinity;
 }
 
 // f(index, logit) for every entry of the student's row that is not kept.
@@ -184,9 +187,9 @@ void sparse_row(const kd_sparse& args, int64_t r) {
   if (!a.stats) return;
   int64_t best = 0;
   for (int64_t k = 1; k < row.n; ++k) best = row.log_probs[k] > row.log_probs[best] ? k : best;
-  const double values[KD_STATS] = {o.d,           o.entropy,
-                                   row.s.entropy, row.s.top == row.ids[best] ? 1.0 : 0.0,
-                                   nll,           row.s.top == row.label ? 1.0 : 0.0};
+  const bool agree = row.log_probs[best] > -kInfinity && row.s.top == row.ids[best];
+  const double values[KD_STATS] = {
+      o.d, o.entropy, row.s.entropy, agree ? 1.0 : 0.0, nll, row.s.top == row.label ? 1.0 : 0.0};
   memcpy((double*)a.stats + r * KD_STATS, values, sizeof values);
 }
 

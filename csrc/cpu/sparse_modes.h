@@ -36,6 +36,7 @@ inline void log_probabilities(const float* z, int n, Normaliser to, float per_t,
 // Sums of e^x and e^x (z - max), x = (z - max) / T; NaN where there is NaN or +inf. Writes to the last step's
 // rest.
 inline Norm norm_of_kept(float* z, int n, float per_t) {
+  if (n == 0) return {0, 0, -INFINITY};
   for (int k = n; k < whole_steps(n); ++k) z[k] = z[n - 1];
   Norm s = {0, 0, extremes_of<f32>(z, whole_steps(n)).max};
   if (s.reference == -INFINITY) {

@@ -44,8 +44,10 @@ def sparse_rows_(
     """Fill ``loss [C]``, ``dlogits [C, >= vocab]`` (may be ``student.x``) and ``stats [C, 6]`` with one backend.
 
     ``spec.mode`` is one of `MODES`; ``spec.kernel`` is separable, and ``"forward_kl"`` with mode "sampled". A row that
-    counts becomes NaN if its ids do not ascend, leave ``[0, vocab)`` or follow a -1, if it keeps nothing, or if either
-    side holds NaN or +inf. Statistics as for logits; the teacher's entropy is that of what the mode compares with: the
+    counts becomes NaN if its ids do not ascend, leave ``[0, vocab)`` or follow a -1, or if either side holds NaN or
+    +inf. So does one that keeps no entry with mass, unless the mode is "ghost" or "truncate" and its mass is in the
+    tail: its divergence is 0 then and moves nothing. Statistics as for logits, the agreement 0 where no entry with mass
+    is kept; the teacher's entropy is that of what the mode compares with: the
     kept entries and the tail as one more, the kept entries renormalised, or the drawn frequencies.
     """
     if backend == "cpp":

@@ -42,8 +42,8 @@ def gather_kept(
     """First look at the entries: the student's logits go to ``kept``, -inf where nothing is held, and their places
     (``shift`` further on) are marked in ``bits``, which are 0.
 
-    Returns the largest logit and log-probability (NaN where there is one), the id of the latter, the number of entries
-    held, and whether ids descend, repeat, leave the vocabulary or follow a -1.
+    Returns the largest logit and log-probability (NaN where there is one), the id of the latter (-1 if all are -inf),
+    the number of entries held, and whether ids descend, repeat, leave the vocabulary or follow a -1.
     """
     o = tl.arange(0, CHUNK)
     top_z = tl.full([CHUNK], -INFINITY, tl.float32)
@@ -73,6 +73,7 @@ def gather_kept(
         wrong = wrong | astray.to(tl.int32)
     highest, likeliest = tl.reduce(top_z, 0, larger), tl.reduce(top_p, 0, larger)
     first = tl.min(tl.where(top_p == likeliest, best, 2147483647), 0)
+    first = tl.where(likeliest > -INFINITY, first, -1)
     return highest, likeliest, first, tl.sum(number, 0), tl.max(wrong, 0)
 
 

@@ -21,7 +21,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from kdkernels.triton.dense import label_loss, row_arguments, row_counts, store_everything, store_row
-from kdkernels.triton.kept import GHOST, RENORMALIZE, compare_kept, gather_kept, scatter_kept, sum_kept
+from kdkernels.triton.kept import GHOST, RENORMALIZE, TRUNCATE, compare_kept, gather_kept, scatter_kept, sum_kept
 from kdkernels.triton.rows import FILL, INFINITY, LN_2, LOG2_E, LOOSE, SHIFTED, fill_row, larger, natural, read, tile
 from kdkernels.triton.sweeps import borders, first_place, put
 
@@ -263,7 +263,10 @@ def sparse_kernel(
             FORM_S, ROWS,
         )  # fmt: skip
         tl.debug_barrier()  # other threads read kept and bits from here on
-        if (wrong == 0) & (tl.abs(top_p) < INFINITY) & (tail < INFINITY):
+        mass = top_p > -INFINITY
+        if (MODE == GHOST) | (MODE == TRUNCATE):
+            mass = mass | ((tail > -INFINITY) & (number < vocab))
+        if (wrong == 0) & mass & (top_p < INFINITY) & (tail < INFINITY):
             side = (begins[0], None if student_bias is None else student_bias - shift, student_scale, student_cap)
             sparse_row(side, (shift, shift + vocab), vocab, out, weights, label, (per_t, c, a, b, excess),
                        (row_ids, row_lp, tail, row_kept, row_bits, count), (top_k, top_p, first, number),
