@@ -122,6 +122,12 @@ STABLE_TORCH_LIBRARY(kdkernels_C, m) {
       "draw_(Tensor logits, Tensor? bias, float scale, float softcap, float temperature, int vocab, "
       "Tensor uniforms, Tensor(a!) ids) -> ()");
   m.def(
+      "gate_(Tensor student, Tensor? student_bias, float student_scale, float student_softcap, Tensor "
+      "teacher, "
+      "Tensor? teacher_bias, float teacher_scale, float teacher_softcap, Tensor threshold, Tensor? uniforms, "
+      "float temperature, int top_k, float top_p, int vocab, Tensor(a!) token, Tensor(b!) from_teacher, "
+      "Tensor(c!) jsd) -> ()");
+  m.def(
       "shard_norms_(Tensor student, Tensor teacher, Tensor? student_bias, Tensor? teacher_bias, float "
       "student_scale, float student_softcap, float teacher_scale, float teacher_softcap, Tensor w_kd, "
       "Tensor? w_ce, "

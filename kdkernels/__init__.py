@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from kdkernels.losses import DistillationStats as DistillationStats
     from kdkernels.losses import distillation_loss as distillation_loss
     from kdkernels.modules import DistillationLoss as DistillationLoss
+    from kdkernels.ops.gate import SwitchDecision as SwitchDecision
     from kdkernels.sparse_logits import SparseLogits as SparseLogits
+    from kdkernels.switch.gate import switch_gate as switch_gate
 
 __version__ = "0.1.0"
 
@@ -51,13 +53,15 @@ _HOMES = {
     "SkewKL": "divergences.skew_kl",
     "SkewReverseKL": "divergences.skew_reverse_kl",
     "SparseLogits": "sparse_logits",
+    "SwitchDecision": "ops.gate",
     "TeacherCache": "compression.cache",
     "TotalVariation": "divergences.total_variation",
     "compress": "compression.select",
     "distillation_loss": "losses",
     "explain": "explanation",
+    "switch_gate": "switch.gate",
 }
-_PACKAGES = ("compression", "data", "ddk", "divergences", "ops", "trainers", "triton")
+_PACKAGES = ("compression", "data", "ddk", "divergences", "ops", "switch", "trainers", "triton")
 
 __all__ = [*_HOMES]  # noqa: PLE0604
 

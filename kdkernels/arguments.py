@@ -183,7 +183,11 @@ def check_pair(
             f"the student's leading shape {list(student.shape[:-1])} and a vocabulary",
             "give both models the same tokens",
         )
-    ours, theirs = student.shape[-1], teacher.shape[-1]
+    return common_vocabulary(student.shape[-1], teacher.shape[-1], vocab_size)
+
+
+def common_vocabulary(ours: int, theirs: int, vocab_size: int | None) -> int:
+    """The entries that a student with ``ours`` columns of logits and a teacher with ``theirs`` share."""
     if vocab_size is None:
         if ours != theirs:
             remedy = "for a difference in padding pass vocab_size=; different tokenizers cannot be compared"

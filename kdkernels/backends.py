@@ -21,6 +21,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 SELECTION, DRAWS = "topk", "draw"
 """What `kdkernels.compress` asks for in place of an element function."""
+GATE = "gate"
+"""What `kdkernels.switch_gate` asks for."""
 
 
 class Verdict(NamedTuple):
@@ -38,6 +40,8 @@ def judge(backend: str, device: torch.device, dtype: torch.dtype, kernel: str, s
     """
     if backend == "eager":
         return Verdict(backend, True, "plain torch, any device")
+    if kernel == GATE:
+        return _judge_gate(backend, device, dtype)
     if kernel in (SELECTION, DRAWS):
         return _judge_selection(backend, device, dtype, kernel)
     if backend == "triton":
@@ -71,6 +75,18 @@ def _judge_selection(backend: str, device: torch.device, dtype: torch.dtype, ker
     if device.type != "cpu":
         return Verdict(backend, False, f"serves CPU tensors, these are on {device}")
     why = native.why_not_topk()
+    if not why and dtype not in _DTYPES:
+        why = f"serves float32, bfloat16, float16 and float64, not {dtype}"
+    return Verdict(backend, not why, why or f"native kernels, {native.isa()}")
+
+
+def _judge_gate(backend: str, device: torch.device, dtype: torch.dtype) -> Verdict:
+    """Whether ``backend`` decides who speaks, for logits of this device and dtype."""
+    if backend != "cpp":
+        return Verdict(backend, False, f"the {backend} kernels do not include {GATE!r}")
+    if device.type != "cpu":
+        return Verdict(backend, False, f"serves CPU tensors, these are on {device}")
+    why = native.why_not_gate()
     if not why and dtype not in _DTYPES:
         why = f"serves float32, bfloat16, float16 and float64, not {dtype}"
     return Verdict(backend, not why, why or f"native kernels, {native.isa()}")

@@ -55,9 +55,18 @@ def draw_rows_(side: Side, temperature: float, vocab: int, uniforms: Tensor, ids
     z = _logits(side, vocab)
     bad = _bad_rows(z)
     z = torch.where(bad[:, None], 0.0, z)
-    mass = ((z - z.amax(-1, keepdim=True)).double() / temperature).exp().cumsum(-1)
+    found = invert(((z - z.amax(-1, keepdim=True)).double() / temperature).exp(), uniforms)
+    ids.copy_(torch.where(bad[:, None], -1, found))
+
+
+def invert(mass: Tensor, uniforms: Tensor) -> Tensor:
+    """The entry of rows ``mass [N, V]`` at which the cumulative mass first exceeds ``uniforms [N, n]`` times the whole.
+
+    int64 ``[N, n]``; -1 for a number outside of [0, 1).
+    """
+    mass = mass.cumsum(-1)
     total = mass[:, -1:].contiguous()
-    found = torch.searchsorted(mass, uniforms * total, right=True)  # the first whose cumulative mass exceeds it
+    found = torch.searchsorted(mass, uniforms * total, right=True)
     last = torch.searchsorted(mass, total)  # the last with any mass: rounding must not lead beyond
-    valid = (uniforms >= 0) & (uniforms < 1) & ~bad[:, None]
-    ids.copy_(torch.where(valid, torch.minimum(found, last), -1))
+    valid = (uniforms >= 0) & (uniforms < 1)
+    return torch.where(valid, torch.minimum(found, last), -1)

@@ -147,6 +147,38 @@ def draw_(
     torch.ops.kdkernels_C.draw_.default(logits, bias, scale, softcap, temperature, vocab, uniforms, ids)
 
 
+def gate_(
+    student: Tensor,
+    student_bias: Tensor | None,
+    student_scale: float,
+    student_softcap: float,
+    teacher: Tensor,
+    teacher_bias: Tensor | None,
+    teacher_scale: float,
+    teacher_softcap: float,
+    threshold: Tensor,
+    uniforms: Tensor | None,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    vocab: int,
+    token: Tensor,
+    from_teacher: Tensor,
+    jsd: Tensor,
+) -> None:
+    """The SWITCH gate on B rows; writes the last three arguments.
+
+    student, teacher [B, >= vocab] (float32, float16, bfloat16, also one of each, or both float64), unit stride along
+    the vocabulary; biases [vocab] and jsd [B] in float32 (float64 for float64 logits); threshold and uniforms [B]
+    float64; token int64, from_teacher bool [B]. csrc/gate.h says what each means. Raises RuntimeError naming the
+    argument at fault.
+    """
+    torch.ops.kdkernels_C.gate_.default(
+        student, student_bias, student_scale, student_softcap, teacher, teacher_bias, teacher_scale, teacher_softcap,
+        threshold, uniforms, temperature, top_k, top_p, vocab, token, from_teacher, jsd,
+    )  # fmt: skip
+
+
 def shard_kept_stride(vocab: int) -> int:
     """Numbers a row of what `shard_sums_` keeps: whole blocks of 1024."""
     return -(-vocab // 1024) * 1024

@@ -139,14 +139,24 @@ def why_not_sparse() -> str:
     )
 
 
-def why_not_topk() -> str:
-    """Why the native library cannot select; empty when it can."""
+def _why_no_leaf(leaf: str, purpose: str) -> str:
     if not available():
         return reason()
-    if torch._C._dispatch_has_kernel_for_dispatch_key("kdkernels_C::topk_", "CPU"):
+    known = hasattr(torch.ops.kdkernels_C, leaf)
+    if known and torch._C._dispatch_has_kernel_for_dispatch_key(f"kdkernels_C::{leaf}", "CPU"):
         return ""
     rebuild = "pip install . (in a source tree: pip install -e . --no-build-isolation)"
-    return f"the native kernels were built before there was one for selection: rebuild with {rebuild}"
+    return f"the native kernels were built before there was one for {purpose}: rebuild with {rebuild}"
+
+
+def why_not_topk() -> str:
+    """Why the native library cannot select; empty when it can."""
+    return _why_no_leaf("topk_", "selection")
+
+
+def why_not_gate() -> str:
+    """Why the native library has no gate; empty when it has."""
+    return _why_no_leaf("gate_", "the gate")
 
 
 def why_not_shards(dtype: torch.dtype) -> str:
