@@ -7,7 +7,8 @@ numbers a row (`Layout`). A shard may be empty or masked throughout.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from kdkernels import divergences
 from kdkernels.eager import HOPELESS, _chain, _gated, _logits, _mended
 
 if TYPE_CHECKING:
+    from kdkernels.eager_sparse_shards import SparseNumbers
     from kdkernels.ops.rows import RowSpec, Side
     from kdkernels.weights import RowWeights
 
@@ -32,6 +34,12 @@ class Layout(NamedTuple):
     """The student's sum at temperature 1."""
     stats: bool
     """Sums of e x of both sides (x: the exponent), and where the largest logits stand, an integer's bits."""
+
+    @classmethod
+    def of(cls, weights: RowWeights, spec: RowSpec, need_stats: bool) -> Layout:
+        """What a call needs whose divergence takes sums of its own."""
+        label = weights.labels is not None and (weights.ce is not None or need_stats)
+        return cls(False, label, label and spec.temperature != 1, need_stats)
 
     def columns(self) -> list[str]:
         """Names of the numbers that a row sends, in order."""
@@ -58,13 +66,14 @@ class Rows(NamedTuple):
     """1 where the gradient comes from ``grad`` even though the divergence has an online form, else 0."""
 
 
-NUMBERS = len(Rows._fields)
+AnyRows = TypeVar("AnyRows", Rows, "SparseNumbers")
 
 
-class Merged(NamedTuple):
+@dataclass(frozen=True)
+class Merged(Generic[AnyRows]):
     """What `merge` makes of the ranks' shares."""
 
-    rows: Rows
+    rows: AnyRows
     nll: Tensor
     """Float64 ``[C]``: of the label at temperature 1; 0 without one."""
     entropies: Tensor
@@ -122,7 +131,7 @@ def _as_index(bits: Tensor) -> Tensor:
     return bits.view(torch.int64 if bits.dtype == torch.float64 else torch.int32).to(torch.int64)
 
 
-def merge(parts: Tensor, weights: RowWeights, spec: RowSpec, whole: int, layout: Layout) -> Merged:
+def merge(parts: Tensor, weights: RowWeights, spec: RowSpec, whole: int, layout: Layout) -> Merged[Rows]:
     """The ranks' ``[ranks, C, columns]`` as numbers of the rows; ``whole``: size of the whole vocabulary.
 
     A shard whose largest logit is -inf has no mass and leaves the others alone; a NaN reaches the row.
@@ -143,17 +152,21 @@ def merge(parts: Tensor, weights: RowWeights, spec: RowSpec, whole: int, layout:
     total = divergence if spec.kernel == "reverse_kl" else torch.zeros_like(sum_s)
     generic = torch.full_like(sum_s, float(not layout.online))
     rows = Rows(top_s, sum_s, top_t, sum_t, cold, divergence, total, generic)
-    nll = _nll(part["label"].amax(0), rows, weights, whole) if layout.label else torch.zeros_like(sum_s)
+    nll = _nll(part["label"].amax(0), top_s, cold, weights, whole) if layout.label else torch.zeros_like(sum_s)
     none = sum_s.new_empty(0)
     if not layout.stats:
         return Merged(rows, nll, none, none)
     heat_s = ((part["heat_s"] + shift_s / t * part["sum_s"]).where(scale_s > 0, 0.0) * scale_s).sum(0)
     heat_t = ((part["heat_t"] + shift_t / t * part["sum_t"]).where(scale_t > 0, 0.0) * scale_t).sum(0)
     entropies = torch.stack((sum_t.log() - heat_t / sum_t, sum_s.log() - heat_s / sum_s), -1)
-    first = [part[f"top_{side}"].nan_to_num(torch.inf).argmax(0) for side in "st"]  # of equal ones the lower rank
-    places = [parts[..., names.index(f"place_{side}")] for side in "st"]
-    where = [_as_index(p.gather(0, f[None])[0].contiguous()) for p, f in zip(places, first, strict=True)]
+    where = [_first_place(part[f"top_{side}"], parts[..., names.index(f"place_{side}")]) for side in "st"]
     return Merged(rows, nll, entropies, torch.stack(where, -1))
+
+
+def _first_place(tops: Tensor, places: Tensor) -> Tensor:
+    """Where the largest of the ranks' largest logits stands; of equal ones the lower rank's."""
+    first = tops.nan_to_num(torch.inf).argmax(0)
+    return _as_index(places.gather(0, first[None])[0].contiguous())
 
 
 def _unlabelled(weights: RowWeights, whole: int) -> Tensor | bool:
@@ -194,10 +207,10 @@ def _online(
     return cross / (sums[at] * spec.temperature) - sums[at].log() + sums[other].log()
 
 
-def _nll(label: Tensor, rows: Rows, weights: RowWeights, whole: int) -> Tensor:
+def _nll(label: Tensor, top: Tensor, cold: Tensor, weights: RowWeights, whole: int) -> Tensor:
     assert weights.labels is not None
     legal = (weights.labels >= 0) & (weights.labels < whole)
-    nll = -_mended((label - rows.top_s) - rows.cold.log())
+    nll = -_mended((label - top) - cold.log())
     return torch.where(legal, nll, 0.0)
 
 
@@ -242,7 +255,7 @@ def write_gradient_(
     weights: RowWeights,
     spec: RowSpec,
     offset: int,
-    rows: Rows,
+    rows: Rows | SparseNumbers,
     dlogits: Tensor,
 ) -> None:
     """From the divergence's gradient by scaled logits ``own [C, vocab]`` to that of the loss by stored numbers."""
@@ -260,7 +273,7 @@ def write_gradient_(
     dlogits[:, spec.vocab :] = 0
 
 
-def losses(merged: Merged, weights: RowWeights) -> Tensor:
+def losses(merged: Merged[AnyRows], weights: RowWeights) -> Tensor:
     """Weighted losses ``[C]`` in the dtype of the weights."""
     kd, ce, _ = weights
     counts = kd != 0 if ce is None else (kd != 0) | (ce != 0)
@@ -271,7 +284,7 @@ def losses(merged: Merged, weights: RowWeights) -> Tensor:
     return torch.where(counts, value, 0.0).to(kd.dtype)
 
 
-def statistics(merged: Merged, weights: RowWeights) -> Tensor:
+def statistics(merged: Merged[AnyRows], weights: RowWeights) -> Tensor:
     """``[C, 6]`` as in `kdkernels.ops.rows.STATS`."""
     kd, ce, labels = weights
     counts = kd != 0 if ce is None else (kd != 0) | (ce != 0)

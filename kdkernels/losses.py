@@ -131,8 +131,8 @@ def distillation_loss(
             and zero gradient. Needed where student and teacher differ in padding.
         group: ranks that hold the vocabulary in shards, in rank order and of any sizes: a ProcessGroup or a
             one-dimensional DeviceMesh; logits and heads (weight, bias) are then this rank's columns, everything else is
-            the same on every rank. DTensors sharded over the vocabulary need no group. See `kdkernels.vocab_parallel`
-            for what travels between ranks.
+            the same on every rank, `SparseLogits` too. DTensors sharded over the vocabulary need no group. See
+            `kdkernels.vocab_parallel` for what travels between ranks.
         sparse_mode: how `SparseLogits` are compared, S being the entries kept: ``"ghost"`` (S and one entry more, in
             which each side's others are added up; at K = V the dense loss), ``"renormalize"`` (both sides normalised
             on S, no gradient elsewhere), ``"truncate"`` (the divergence's formula summed over S alone: biased, may be
@@ -169,9 +169,11 @@ def distillation_loss(
 
         asked = vocab_parallel.Options(
             temperature, temperature_scaling, labels, ce_weight, kd_weight, ignore_index, token_weights, shift,
-            reduction, num_items, vocab_size, chunk_bytes, backend, inplace, return_stats,
+            reduction, num_items, vocab_size, chunk_bytes, backend, inplace, return_stats, sparse_mode,
         )  # fmt: skip
         made: vocab_parallel.Outcome = vocab_parallel.loss_of(group, student, teacher, divergence, asked)
+        if return_stats:
+            made = made._replace(stats=_with_known_entropy(made.stats, teacher, made.counted))
         return _output(*made, reduction, shift, return_stats)
     arguments.check_scalars(
         temperature, temperature_scaling, kd_weight, ce_weight, chunk_bytes, vocab_size, ignore_index
@@ -196,11 +198,18 @@ def distillation_loss(
     loss, stats = call.run(student, teacher, inplace, chunk_bytes)
     if isinstance(teacher, SparseLogits):
         arguments_sparse.check_ids(loss, teacher, counted, vocab)
-    if isinstance(teacher, SparseLogits) and teacher.entropy is not None and return_stats:
-        known = torch.where(counted, teacher.entropy.detach().reshape(-1).to(stats.dtype), 0.0)
-        own = stats[:, 1:2]
-        stats = torch.cat((stats[:, :1], torch.where(own.isnan(), own, known[:, None]), stats[:, 2:]), 1)
+    if return_stats:
+        stats = _with_known_entropy(stats, teacher, counted)
     return _output(loss, stats, counted, divisor, leading, reduction, shift, return_stats)
+
+
+def _with_known_entropy(stats: Tensor, teacher: object, counted: Tensor) -> Tensor:
+    """Statistics ``[N, 6]`` with a sparse teacher's own entropy, if it has one, where rows are not NaN."""
+    if not isinstance(teacher, SparseLogits) or teacher.entropy is None:
+        return stats
+    known = torch.where(counted, teacher.entropy.detach().reshape(-1).to(stats.dtype), 0.0)
+    own = stats[:, 1:2]
+    return torch.cat((stats[:, :1], torch.where(own.isnan(), own, known[:, None]), stats[:, 2:]), 1)
 
 
 def _output(

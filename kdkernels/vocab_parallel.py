@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdkernels import arguments, backends, divergences, native
+from kdkernels import arguments, arguments_sparse, backends, divergences, native
 from kdkernels._checks import fail
-from kdkernels.calls import _check_in_place, _needed, _rows, _source
+from kdkernels.calls import _check_in_place, _needed, _rows, _source, _sparse_rows
 from kdkernels.chunking import chunk_rows
 from kdkernels.collectives import Ranks
 from kdkernels.logits import LinearLogits
@@ -37,6 +37,8 @@ from kdkernels.ops.rows import RowSpec, accumulation_dtype
 from kdkernels.ops.shard_chunks import Shard
 from kdkernels.ops.shard_parts import kept_width
 from kdkernels.ops.shards import ShardPlan, fill
+from kdkernels.ops.sparse import SparseRows
+from kdkernels.shard_columns import Columns, columns_of
 from kdkernels.shard_groups import localize, resolve
 from kdkernels.shard_pages import agree
 from kdkernels.sparse_logits import SparseLogits
@@ -66,6 +68,7 @@ class Options(NamedTuple):
     backend: str
     inplace: bool
     return_stats: bool
+    sparse_mode: str
 
 
 class Outcome(NamedTuple):
@@ -83,15 +86,20 @@ class Local:
     """This rank's view of a call: what can be known before any other rank is heard."""
 
     student: Tensor | LinearLogits
-    teacher: Tensor | LinearLogits
+    teacher: Tensor | LinearLogits | SparseLogits
     kernel: divergences.Kernel
     backend: str
     options: Options
 
     @property
     def columns(self) -> tuple[int, int]:
-        """This rank's columns of student and teacher."""
+        """This rank's columns of student and teacher; a sparse teacher has all."""
         return self.student.shape[-1], self.teacher.shape[-1]
+
+    @property
+    def sparse(self) -> bool:
+        """Whether every rank has the whole teacher."""
+        return isinstance(self.teacher, SparseLogits)
 
     def page(self) -> dict[str, Any]:
         """What all ranks must have alike."""
@@ -111,9 +119,12 @@ class Local:
         return told
 
 
-def _form(side: Tensor | LinearLogits) -> str:
+def _form(side: Tensor | LinearLogits | SparseLogits) -> str:
     if isinstance(side, Tensor):
         return "logits"
+    if isinstance(side, SparseLogits):
+        parts = ", ".join(_digest(x) for x in (side.ids, side.log_probs, side.log_tail))
+        return f"SparseLogits({side.vocab_size}, {side.temperature}, {side.kind}, {parts})"
     return f"LinearLogits(H={side.hidden.shape[-1]}, bias={side.bias is not None}, {side.softcap}, {side.scale})"
 
 
@@ -128,9 +139,6 @@ def _digest(x: Tensor) -> str:
 
 def prepare(student: Any, teacher: Any, divergence: Any, asked: Options) -> Local:
     """Checks of everything that needs no other rank."""
-    if isinstance(teacher, SparseLogits):
-        remedy = "pass the teacher as shards of logits or of its head: sparse teachers over shards are not written yet"
-        fail(ValueError, "teacher", "SparseLogits with vocabulary shards", "logits or kd.LinearLogits", remedy)
     arguments.check_scalars(
         asked.temperature, asked.temperature_scaling, asked.kd_weight, asked.ce_weight, asked.chunk_bytes,
         asked.vocab_size, asked.ignore_index,
@@ -143,7 +151,8 @@ def prepare(student: Any, teacher: Any, divergence: Any, asked: Options) -> Loca
     leading, device = student.shape[:-1], student.device
     arguments.check_tokens(leading, device, asked.labels, asked.token_weights, asked.shift, asked.ce_weight)
     kernel = divergences.get(divergence).kernel()
-    serving = serving_backend(asked.backend, device, student.dtype, kernel.name)
+    arguments_sparse.check_mode(teacher, asked.sparse_mode, asked.temperature, kernel.name)
+    serving = serving_backend(asked.backend, device, student.dtype, kernel.name, isinstance(teacher, SparseLogits))
     local = Local(student, teacher, kernel, serving, asked)
     if _overwrites(local):
         _check_in_place(student, _rows(student))
@@ -160,19 +169,26 @@ def _with_columns(side: Any) -> Any:
     return side
 
 
-def serving_backend(requested: str, device: torch.device, dtype: torch.dtype, kernel: str) -> str:
+def serving_backend(requested: str, device: torch.device, dtype: torch.dtype, kernel: str, sparse: bool = False) -> str:
     """The backend that computes the parts of a row in shards: that of whole rows, or "eager" where it has no parts."""
-    name = backends.choose(requested, device, dtype, kernel)
-    why = ""
-    if kernel == "adaptive_kl":
-        why = "adaptive KL over vocabulary shards is plain torch"
-    elif name == "cpp":
-        why = native.why_not_shards(dtype)
-    if not why or name == "eager":
+    name = backends.choose(requested, device, dtype, kernel, sparse)
+    why = why_not_shards(name, dtype, kernel, sparse)
+    if not why:
         return name
     if requested != "auto" or os.environ.get("KDKERNELS_BACKEND", "auto") not in ("", "auto"):
         fail(ValueError, "backend", repr(name), "a backend that can serve this call", f"{why}; use backend='auto'")
     return "eager"
+
+
+def why_not_shards(name: str, dtype: torch.dtype, kernel: str, sparse: bool) -> str:
+    """Why a backend that serves whole rows has no parts of rows in shards; "" where it has."""
+    if name == "eager":
+        return ""
+    if kernel == "adaptive_kl":
+        return "adaptive KL over vocabulary shards is plain torch"
+    if sparse:
+        return "a sparse teacher over vocabulary shards is plain torch"
+    return native.why_not_shards(dtype) if name == "cpp" else ""
 
 
 def _attempt(make: Callable[[], Local]) -> tuple[Local | None, Exception | None]:
@@ -182,47 +198,6 @@ def _attempt(make: Callable[[], Local]) -> tuple[Local | None, Exception | None]
         return None, error
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Which columns of the whole vocabulary are this rank's."""
-
-    offset: int
-    local: int
-    whole: int
-    widest: int
-
-
-def columns_of(pages: list[dict[str, Any]], rank: int, vocab_size: int | None) -> Columns:
-    """This rank's columns, from every rank's sizes; an error, on all, where the two sides are not sharded alike."""
-    student, teacher = ([told["columns"][side] for told in pages] for side in (0, 1))
-    if vocab_size is None and sum(student) != sum(teacher):
-        remedy = "for a difference in padding pass vocab_size=; different tokenizers cannot be compared"
-        fail(ValueError, "vocabularies", f"student {sum(student)}, teacher {sum(teacher)}", "of one size", remedy)
-    whole = sum(student) if vocab_size is None else vocab_size
-    if whole > min(sum(student), sum(teacher)) or whole == 0:
-        allowed = (
-            f"at most the smaller vocabulary, all shards together (student {sum(student)}, teacher {sum(teacher)})"
-        )
-        remedy = "pass the number of tokens that the tokenizer has; a shard is missing where that is right"
-        fail(ValueError, "vocab_size", whole, allowed, remedy)
-    spans = [_spans(sizes, whole) for sizes in (student, teacher)]
-    if spans[0] != spans[1]:
-        given = f"student {student}, teacher {teacher} columns by rank"
-        fail(ValueError, "shards", given, "cut at the same columns up to vocab_size", "shard both sides alike")
-    offset, local = spans[0][rank]
-    return Columns(offset, local, whole, max(size for _, size in spans[0]))
-
-
-def _spans(sizes: list[int], whole: int) -> list[tuple[int, int]]:
-    """(first column, number) of each rank up to ``whole``; empty shards stand at no place of their own."""
-    spans, begin = [], 0
-    for size in sizes:
-        held = max(0, min(size, whole - begin))
-        spans.append((begin if held else 0, held))
-        begin += size
-    return spans
-
-
 @torch.compiler.disable
 def loss_of(group: object | None, student: Any, teacher: Any, divergence: Any, asked: Options) -> Outcome:
     """`kdkernels.distillation_loss` over vocabulary shards. Under torch.compile it is left to eager torch."""
@@ -230,7 +205,7 @@ def loss_of(group: object | None, student: Any, teacher: Any, divergence: Any, a
     local, error = _attempt(lambda: prepare(student, teacher, divergence, asked))
     pages, stamp = agree(ranks, local, error)
     assert local is not None
-    columns = columns_of(pages, ranks.rank, asked.vocab_size)
+    columns = columns_of(pages, ranks.rank, asked.vocab_size, local.sparse)
     leading, dtype = local.student.shape[:-1], local.student.dtype
     tokens = TokenOptions(
         asked.labels, asked.token_weights, asked.shift, asked.ignore_index, asked.kd_weight, asked.ce_weight,
@@ -240,27 +215,39 @@ def loss_of(group: object | None, student: Any, teacher: Any, divergence: Any, a
     acc = accumulation_dtype(dtype)
     weights, counted, divisor = row_weights(tokens, leading, local.student.device, acc, columns.whole)
     loss, stats = _run(local, Shard(ranks, columns.offset, columns.whole, stamp), columns, weights)
+    if isinstance(local.teacher, SparseLogits):
+        arguments_sparse.check_ids(loss, local.teacher, counted, columns.whole)
     return Outcome(loss, stats, counted, divisor, leading)
 
 
 def _run(local: Local, shard: Shard, columns: Columns, weights: RowWeights) -> tuple[Tensor, Tensor]:
-    spec = RowSpec(*local.kernel, float(local.options.temperature), columns.local)
-    student, teacher = _source(local.student), _source(local.teacher, detach=True)
+    options, student = local.options, _source(local.student)
+    mode = options.sparse_mode if local.sparse else ""
+    spec = RowSpec(*local.kernel, float(options.temperature), columns.local, mode)
+    teacher = _teacher_arguments(local)
     chunk = _chunk(local, columns)
-    per_row = local.options.reduction == "none"
-    needed = _needed(student)
+    per_row = options.reduction == "none"
     if _overwrites(local):
         assert isinstance(local.student, Tensor)
-        rows = _rows(local.student)
-        plan = Plan(Source(*_constant(student)), Source(*teacher), weights, spec, local.backend, chunk)
+        held = SparseRows(*teacher) if local.sparse else Source(*teacher)
+        plan = Plan(Source(*_constant(student)), held, weights, spec, local.backend, chunk)
         filler = partial(_fill, ShardPlan(plan, shard))
-        loss, stats = InPlace.apply(rows, filler, local.backend, per_row, local.options.return_stats)  # type: ignore[no-untyped-call]
+        rows = _rows(local.student)
+        loss, stats = InPlace.apply(rows, filler, local.backend, per_row, options.return_stats)  # type: ignore[no-untyped-call]
         return loss, stats
-    loss, _, _, _, stats, _ = torch.ops.kdkernels.shards(
-        *student, *teacher, *weights, *spec[:-1], columns.offset, columns.whole, shard.ranks.name, shard.stamp, chunk,
-        local.backend, per_row, *needed, local.options.return_stats,
+    operator = torch.ops.kdkernels.shards_sparse if local.sparse else torch.ops.kdkernels.shards
+    loss, _, _, _, stats, _ = operator(
+        *student, *teacher, *weights, *(spec if local.sparse else spec[:-1]), columns.offset, columns.whole,
+        shard.ranks.name, shard.stamp, chunk, local.backend, per_row, *_needed(student), options.return_stats,
     )  # fmt: skip
     return loss, stats
+
+
+def _teacher_arguments(local: Local) -> tuple[Any, ...]:
+    """What the operators take of the teacher."""
+    if isinstance(local.teacher, SparseLogits):
+        return _sparse_rows(local.teacher, accumulation_dtype(local.student.dtype))
+    return _source(local.teacher, detach=True)
 
 
 def _constant(source: tuple[Tensor, Any, Any, float, float]) -> tuple[Tensor, Any, Any, float, float]:
@@ -277,17 +264,18 @@ def _chunk(local: Local, columns: Columns) -> int:
     for size in local.student.shape[:-1]:
         rows *= size
     widest = max(1, columns.widest)
-    row_bytes = 2 * widest * local.student.dtype.itemsize
+    row_bytes = (1 if local.sparse else 2) * widest * local.student.dtype.itemsize
     if _is_logits(local):
         if local.student.device.type != "cpu":
             return max(1, rows)
-        kept = kept_width(local.backend, RowSpec(*local.kernel, 1.0, widest), itemsize=1)
+        spec = RowSpec(*local.kernel, 1.0, widest)
+        kept = None if local.sparse else kept_width(local.backend, spec, itemsize=1)
         return chunk_rows(rows, row_bytes + (kept or 0), CHUNK_BYTES)
     return chunk_rows(rows, 2 * row_bytes, local.options.chunk_bytes)  # two chunks are at work at a time
 
 
 def _is_logits(local: Local) -> bool:
-    return isinstance(local.student, Tensor) and isinstance(local.teacher, Tensor)
+    return isinstance(local.student, Tensor) and not isinstance(local.teacher, LinearLogits)
 
 
 def _overwrites(local: Local) -> bool:

@@ -39,9 +39,10 @@ class World:
             return [0, *(1 + vocab // (3 * (self.size - i)) for i in range(self.size - 1)), vocab]
         return [0, *[vocab // 3] * (self.size - 1), vocab] if self.size > 2 else [0, vocab, vocab]
 
-    def some(self, combinations: Iterator[Any]) -> Iterator[Any]:
-        """All of them on two ranks, a third of them on more."""
-        return itertools.islice(combinations, self.size % 3, None, 3) if self.size > 2 else combinations
+    def some(self, combinations: Iterator[Any], one_in: int = 1) -> Iterator[Any]:
+        """One in so many on two ranks, a fourth of that on more; no multiple of 3, or some kind of cut is left out."""
+        step = one_in if self.size == 2 else 4 * one_in
+        return itertools.islice(combinations, self.size % step, None, step)
 
     def columns(self, kind: str, vocab: int = V) -> slice:
         cuts = self.cuts(kind, vocab)

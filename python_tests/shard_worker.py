@@ -20,6 +20,7 @@ import shard_cases
 import shard_dtensors
 import shard_faults
 import shard_mesh
+import shard_sparse
 import torch
 import torch.distributed as dist
 
@@ -31,7 +32,7 @@ TIMEOUT = 4.0  # seconds that a collective may take where a peer is dead or late
 def run_cases(rank: int, size: int) -> dict[str, str]:
     world = shard_cases.World(rank, size)
     results = {}
-    for name, case in (shard_cases.CASES | shard_dtensors.CASES | shard_faults.CASES).items():
+    for name, case in (shard_cases.CASES | shard_dtensors.CASES | shard_faults.CASES | shard_sparse.CASES).items():
         begin = time.perf_counter()
         try:
             case(world)

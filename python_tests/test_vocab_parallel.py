@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent
-FILES = ("shard_cases.py", "shard_dtensors.py", "shard_faults.py")
+FILES = ("shard_cases.py", "shard_dtensors.py", "shard_faults.py", "shard_sparse.py")
 CASES = "".join((FOLDER / name).read_text(encoding="utf-8") for name in FILES)
 NAMES = re.findall(r"^def case_(\w+)", CASES, re.MULTILINE)
 

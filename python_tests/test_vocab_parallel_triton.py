@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import cases
@@ -37,7 +38,7 @@ def test_shards_give_what_the_whole_row_gives(kernel: str, kind: str, monkeypatc
     merged = eager_shards.merge(torch.stack(shares), weights, spec, 301, layout)
     made = torch.stack([parts.sums(*s, weights, sp, merged, None) for s, sp in zip(sides, specs, strict=True)])
     term, grad = made.double().sum(0).unbind(-1)
-    merged = merged._replace(rows=merged.rows._replace(divergence=term, total=grad))
+    merged = dataclasses.replace(merged, rows=merged.rows._replace(divergence=term, total=grad))
     for (s, t), sp, (a, _) in zip(sides, specs, spans, strict=True):
         parts.gradient_(s, t, weights, sp, a, merged, s.x)
     gradient = torch.cat([s.x for s, _ in sides], 1)

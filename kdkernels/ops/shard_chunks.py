@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from kdkernels import eager_shards
-from kdkernels.collectives import DOUBTS, Pending, Ranks
-from kdkernels.eager_shards import Merged, Rows
+from kdkernels import eager_shards, eager_sparse_shards
+from kdkernels.collectives import DOUBTS, Ranks
+from kdkernels.eager_shards import AnyRows, Layout, Merged, Rows
+from kdkernels.eager_sparse_shards import SparseNumbers
 from kdkernels.ops import shards_adaptive
 from kdkernels.ops.rows import RowSpec, Side
 from kdkernels.ops.shard_parts import Parts
+from kdkernels.ops.sparse import SparseRows
 from kdkernels.weights import RowWeights
 
 SMALL = 1e-3
@@ -50,21 +53,91 @@ def in_turn(jobs: Iterable[Iterator[None]], most: int) -> None:
             active.append(job)
 
 
-class Chunk:
+class Chunk(ABC):
     """C rows on their way: results of one chunk."""
 
-    def __init__(self, student: Side, teacher: Side, weights: RowWeights, spec: RowSpec, shard: Shard, parts: Parts):
-        self.student, self.teacher, self.weights, self.spec = student, teacher, weights, spec
-        self.shard, self.parts = shard, parts
+    loss: Tensor
+    stats: Tensor
+    rows: tuple[Tensor, ...]
 
+    def __init__(self, student: Side, weights: RowWeights, spec: RowSpec, shard: Shard) -> None:
+        self.student, self.weights, self.spec, self.shard = student, weights, spec, shard
+
+    @abstractmethod
     def steps(self, dlogits: Tensor | None, need_stats: bool, first: bool) -> Iterator[None]:
         """From logits to ``loss``, ``stats``, ``rows`` and the gradient, a pause at each collective."""
+
+    @abstractmethod
+    def gradient(self, numbers: Tensor, dlogits: Tensor) -> None:
+        """The gradient alone, from the numbers ``[C, columns]`` that `steps` left in ``rows``."""
+
+    def _gather(self, share: Tensor, first: bool) -> Generator[None, None, Tensor]:
+        """Every rank's ``share [ranks, C, columns]``; the stamp rides along in the first one."""
+        stamped = first and self.shard.stamp
+        sent = torch.cat((share.reshape(-1), share.new_full((1,), float(self.shard.stamp)))) if stamped else share
+        gathered = self.shard.ranks.gather(sent)
+        yield
+        parts = gathered.wait()
+        if not stamped:
+            return parts
+        stamps = parts[:, -1]
+        mismatch = DOUBTS[self.shard.ranks.name] = (stamps != stamps[0]).any()
+        parts = parts[:, :-1].reshape(-1, *share.shape)
+        parts[..., 1] += torch.where(mismatch, torch.nan, 0.0)  # the student's sums
+        return parts
+
+    def _finish(self, merged: Merged[AnyRows], need_stats: bool) -> None:
+        if need_stats:
+            self.stats = eager_shards.statistics(merged, self.weights)
+        self.loss = eager_shards.losses(merged, self.weights)
+        self.rows = merged.rows
+
+
+class SparseChunk(Chunk):
+    """Against a sparse teacher, whose rows every rank has."""
+
+    def __init__(self, student: Side, teacher: SparseRows, weights: RowWeights, spec: RowSpec, shard: Shard) -> None:
+        super().__init__(student, weights, spec, shard)
+        self.teacher = teacher
+
+    def steps(self, dlogits: Tensor | None, need_stats: bool, first: bool) -> Iterator[None]:
+        student, teacher, weights, spec, shard = self.student, self.teacher, self.weights, self.spec, self.shard
+        layout = Layout.of(weights, spec, need_stats)
+        share = eager_sparse_shards.norms(student, teacher, weights, spec, shard.offset, layout)
+        parts = yield from self._gather(share, first)
+        merged = eager_sparse_shards.merge(parts, teacher, weights, spec, shard.whole, layout)
+        adding = shard.ranks.add_(eager_sparse_shards.sums(student, teacher, spec, shard.offset, merged.rows))
+        yield
+        merged = eager_sparse_shards.complete(merged, adding.wait(), teacher, spec, shard.whole)
+        if dlogits is not None:
+            self._write(merged.rows, dlogits)
+        self._finish(merged, need_stats)
+
+    def gradient(self, numbers: Tensor, dlogits: Tensor) -> None:
+        self._write(SparseNumbers(*numbers.unbind(-1)), dlogits)
+
+    def _write(self, numbers: SparseNumbers, dlogits: Tensor) -> None:
+        offset, whole = self.shard.offset, self.shard.whole
+        eager_sparse_shards.gradient_(
+            self.student, self.teacher, self.weights, self.spec, offset, whole, numbers, dlogits
+        )
+
+
+class DenseChunk(Chunk):
+    """Against the same columns of the teacher."""
+
+    def __init__(
+        self, student: Side, teacher: Side, weights: RowWeights, spec: RowSpec, shard: Shard, parts: Parts
+    ) -> None:
+        super().__init__(student, weights, spec, shard)
+        self.teacher, self.parts = teacher, parts
+
+    def steps(self, dlogits: Tensor | None, need_stats: bool, first: bool) -> Iterator[None]:
         spec, weights, shard = self.spec, self.weights, self.shard
         layout = self.parts.layout(spec, weights, need_stats)
         share = self.parts.norms(self.student, self.teacher, weights, spec, shard.offset, layout)
-        gathered = self._gather(share, first)
-        yield
-        merged = eager_shards.merge(self._received(gathered.wait(), share, first), weights, spec, shard.whole, layout)
+        gathered = yield from self._gather(share, first)
+        merged = eager_shards.merge(gathered, weights, spec, shard.whole, layout)
         if spec.kernel == "adaptive_kl":
             sides = self.student, self.teacher, spec
             merged = yield from shards_adaptive.adaptive_steps(
@@ -77,13 +150,9 @@ class Chunk:
                 merged = yield from self._again(merged)
             if dlogits is not None:
                 self.parts.gradient_(self.student, self.teacher, weights, spec, shard.offset, merged, dlogits)
-        if need_stats:
-            self.stats = eager_shards.statistics(merged, weights)
-        self.loss = eager_shards.losses(merged, weights)
-        self.rows = merged.rows
+        self._finish(merged, need_stats)
 
     def gradient(self, numbers: Tensor, dlogits: Tensor) -> None:
-        """The gradient alone, from the numbers ``[C, NUMBERS]`` that `steps` left."""
         none = numbers.new_empty(0)
         merged = Merged(Rows(*numbers.unbind(-1)), none, none, none)
         sides, offset = (self.student, self.teacher, self.weights, self.spec), self.shard.offset
@@ -92,30 +161,15 @@ class Chunk:
         else:
             self.parts.gradient_anew_(*sides, offset, merged, dlogits)
 
-    def _gather(self, share: Tensor, first: bool) -> Pending:
-        if not (first and self.shard.stamp):
-            return self.shard.ranks.gather(share)
-        stamp = share.new_full((1,), float(self.shard.stamp))
-        return self.shard.ranks.gather(torch.cat((share.reshape(-1), stamp)))
-
-    def _received(self, parts: Tensor, share: Tensor, first: bool) -> Tensor:
-        if not (first and self.shard.stamp):
-            return parts
-        stamps = parts[:, -1]
-        mismatch = DOUBTS[self.shard.ranks.name] = (stamps != stamps[0]).any()
-        parts = parts[:, :-1].reshape(-1, *share.shape)
-        parts[..., 1] += torch.where(mismatch, torch.nan, 0.0)  # the student's sums
-        return parts
-
-    def _sums(self, merged: Merged) -> Generator[None, None, Merged]:
+    def _sums(self, merged: Merged[Rows]) -> Generator[None, None, Merged[Rows]]:
         sums = self.parts.sums(self.student, self.teacher, self.weights, self.spec, merged, None)
         adding = self.shard.ranks.add_(sums)
         yield
         total = adding.wait().double()
         rows = merged.rows._replace(divergence=total[:, 0], total=total[:, 1])
-        return merged._replace(rows=rows)
+        return replace(merged, rows=rows)
 
-    def _again(self, merged: Merged) -> Generator[None, None, Merged]:
+    def _again(self, merged: Merged[Rows]) -> Generator[None, None, Merged[Rows]]:
         """Small divergences, whose quick sums leave few digits, and rows with masked entries."""
         rows, (kd, ce, _) = merged.rows, self.weights
         counts = kd != 0 if ce is None else (kd != 0) | (ce != 0)
@@ -130,4 +184,4 @@ class Chunk:
         if self.spec.kernel == "reverse_kl":
             total = torch.where(again, divergence, total)  # the sum of q log(q / p), as that of q - p is 0
         generic = torch.where(again, 1.0, rows.generic)
-        return merged._replace(rows=rows._replace(divergence=divergence, total=total, generic=generic))
+        return replace(merged, rows=rows._replace(divergence=divergence, total=total, generic=generic))

@@ -24,8 +24,7 @@ class Parts:
 
     def layout(self, spec: RowSpec, weights: RowWeights, need_stats: bool) -> Layout:
         """What a row sends."""
-        label = weights.labels is not None and (weights.ce is not None or need_stats)
-        return Layout(False, label, label and spec.temperature != 1, need_stats)
+        return Layout.of(weights, spec, need_stats)
 
     def norms(
         self, student: Side, teacher: Side, weights: RowWeights, spec: RowSpec, offset: int, layout: Layout
@@ -34,20 +33,26 @@ class Parts:
         return eager_shards.norms(student, teacher, weights, spec, offset, layout)
 
     def sums(
-        self, student: Side, teacher: Side, weights: RowWeights, spec: RowSpec, merged: Merged, again: Tensor | None
+        self,
+        student: Side,
+        teacher: Side,
+        weights: RowWeights,
+        spec: RowSpec,
+        merged: Merged[Rows],
+        again: Tensor | None,
     ) -> Tensor:
         """This rank's sums of term and grad ``[C, 2]``."""
         return eager_shards.sums(student, teacher, spec, merged.rows)
 
     def gradient_(
-        self, student: Side, teacher: Side, weights: RowWeights, spec: RowSpec, offset: int, merged: Merged,
+        self, student: Side, teacher: Side, weights: RowWeights, spec: RowSpec, offset: int, merged: Merged[Rows],
         dlogits: Tensor,
     ) -> None:  # fmt: skip
         """Writes this rank's columns of the gradient; ``dlogits`` may be ``student.x``."""
         eager_shards.gradient_(student, teacher, weights, spec, offset, merged.rows, dlogits)
 
     def gradient_anew_(
-        self, student: Side, teacher: Side, weights: RowWeights, spec: RowSpec, offset: int, merged: Merged,
+        self, student: Side, teacher: Side, weights: RowWeights, spec: RowSpec, offset: int, merged: Merged[Rows],
         dlogits: Tensor,
     ) -> None:  # fmt: skip
         """`gradient_` where `sums` has not been called on these logits."""
@@ -83,7 +88,13 @@ class CppParts(Parts):
         return share if places is None else torch.cat((share, places.to(torch.int32).view(torch.float32)), -1)
 
     def sums(
-        self, student: Side, teacher: Side, weights: RowWeights, spec: RowSpec, merged: Merged, again: Tensor | None
+        self,
+        student: Side,
+        teacher: Side,
+        weights: RowWeights,
+        spec: RowSpec,
+        merged: Merged[Rows],
+        again: Tensor | None,
     ) -> Tensor:
         rows = weights.kd.shape[0]
         made = torch.zeros((rows, 2), dtype=torch.float32)
@@ -93,20 +104,20 @@ class CppParts(Parts):
         return made
 
     def gradient_(
-        self, student: Side, teacher: Side, weights: RowWeights, spec: RowSpec, offset: int, merged: Merged,
+        self, student: Side, teacher: Side, weights: RowWeights, spec: RowSpec, offset: int, merged: Merged[Rows],
         dlogits: Tensor,
     ) -> None:  # fmt: skip
         self._write(student, teacher, weights, spec, offset, merged, self._kept(spec, len(dlogits)), dlogits)
 
     def gradient_anew_(
-        self, student: Side, teacher: Side, weights: RowWeights, spec: RowSpec, offset: int, merged: Merged,
+        self, student: Side, teacher: Side, weights: RowWeights, spec: RowSpec, offset: int, merged: Merged[Rows],
         dlogits: Tensor,
     ) -> None:  # fmt: skip
         self.norms(student, teacher, weights, spec, offset, Layout(False, False, False, False))
         self._write(student, teacher, weights, spec, offset, merged, None, dlogits)
 
     def _write(
-        self, student: Side, teacher: Side, weights: RowWeights, spec: RowSpec, offset: int, merged: Merged,
+        self, student: Side, teacher: Side, weights: RowWeights, spec: RowSpec, offset: int, merged: Merged[Rows],
         kept: Tensor | None, dlogits: Tensor,
     ) -> None:  # fmt: skip
         if spec.vocab == 0:
@@ -123,7 +134,7 @@ SHARE = ("top_s", "sum_s", "top_t", "sum_t", "cross", "label", "cold", "heat_s",
 """Columns of what a shard knows of a row, as csrc/shards.h counts them."""
 
 
-def _table(merged: Merged) -> Tensor:
+def _table(merged: Merged[Rows]) -> Tensor:
     return torch.stack(merged.rows, -1)
 
 
@@ -154,14 +165,20 @@ class TritonParts(Parts):
         return torch.cat(columns, -1)
 
     def sums(
-        self, student: Side, teacher: Side, weights: RowWeights, spec: RowSpec, merged: Merged, again: Tensor | None
+        self,
+        student: Side,
+        teacher: Side,
+        weights: RowWeights,
+        spec: RowSpec,
+        merged: Merged[Rows],
+        again: Tensor | None,
     ) -> Tensor:
         from kdkernels.triton import shard_host
 
         return shard_host.sums(student, teacher, weights, spec, _for_triton(merged.rows, spec).norms)
 
     def gradient_(
-        self, student: Side, teacher: Side, weights: RowWeights, spec: RowSpec, offset: int, merged: Merged,
+        self, student: Side, teacher: Side, weights: RowWeights, spec: RowSpec, offset: int, merged: Merged[Rows],
         dlogits: Tensor,
     ) -> None:  # fmt: skip
         from kdkernels.triton import shard_host

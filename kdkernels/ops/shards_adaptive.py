@@ -11,6 +11,7 @@ gather of the normalisers that is 7 collectives (8). Bytes per row: 16 x 256 a d
 from __future__ import annotations
 
 from collections.abc import Generator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,9 +36,9 @@ def order_bits(z: Tensor) -> Tensor:
 
 
 def adaptive_steps(
-    student: Side, teacher: Side, spec: RowSpec, ranks: Ranks, merged: Merged, dlogits: Tensor | None,
+    student: Side, teacher: Side, spec: RowSpec, ranks: Ranks, merged: Merged[Rows], dlogits: Tensor | None,
     weights: RowWeights, offset: int,
-) -> Generator[None, None, Merged]:  # fmt: skip
+) -> Generator[None, None, Merged[Rows]]:  # fmt: skip
     """From merged normalisers to divergence and gradient, a pause at each collective."""
     rows = merged.rows
     zs, zt = _logits(student, spec.vocab), _logits(teacher, spec.vocab)
@@ -62,7 +63,7 @@ def adaptive_steps(
         own = a * (q - p) + b * q * (lq - lp - reverse_kl.to(p.dtype)[:, None])
         write_gradient_(student, zs, own, weights, spec, offset, rows, dlogits)
     rows = rows._replace(divergence=w * kl + v * reverse_kl, total=w, generic=reverse_kl)
-    return merged._replace(rows=rows)
+    return replace(merged, rows=rows)
 
 
 def gradient_anew_(
