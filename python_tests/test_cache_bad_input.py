@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import cache_cases as cases
+import numpy as np
 import pytest
 import torch
 from cache_sparse import create, sparse
@@ -44,6 +45,28 @@ CREATE: list[tuple[dict[str, Any], str]] = [
 def test_wrong_settings(tmp_path: Path, options: dict[str, Any], text: str) -> None:
     with pytest.raises(CacheError, match=text):
         create(tmp_path / "cache", **options)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_wrong_shard_bytes_leave_nothing_behind(tmp_path: Path) -> None:
+    cases.build(tmp_path / "cache", [0])
+    before = sorted(path.name for path in (tmp_path / "cache").iterdir())
+    for value in (0, 1.5, True):
+        with pytest.raises(CacheError, match=f"shard_bytes = {value}: must be an int, at least 1"):
+            kd.TeacherCache.resume(tmp_path / "cache", shard_bytes=value)  # type: ignore[arg-type]
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == before
+
+
+def test_what_can_be_no_id_is_not_in_a_cache(tmp_path: Path) -> None:
+    with create(tmp_path / "cache") as cache:
+        cache.append(0, sparse(0))
+        cache.commit()
+        cache.append(7, sparse(7))
+        for there in (0, 7, torch.tensor(7), np.int64(0)):
+            assert there in cache
+        for absent in ("a", "0", 1, -1, 0.0, True, False, None, 2**63, (0,)):
+            assert absent not in cache
+            assert absent not in cache.reader
 
 
 APPEND: list[tuple[Callable[[kd.TeacherCache], Any], str]] = [

@@ -185,7 +185,7 @@ class TeacherCache:
         return len(self.reader)
 
     def __contains__(self, example_id: Any) -> bool:
-        """Appended or committed."""
+        """Appended or committed; False for what can be no id, such as a str."""
         return example_id in (self.reader if self._writer is None else self._writer)
 
     def __iter__(self) -> Iterator[int]:

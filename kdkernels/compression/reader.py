@@ -29,15 +29,19 @@ OPEN_SHARDS = 128  # files held open: an eighth of the usual limit of a process
 Int64 = npt.NDArray[np.int64]
 
 
-def checked_id(example_id: Any) -> int:
-    """An example id as an int: 0 to 2**63 - 1."""
+def is_id(example_id: Any) -> bool:
+    """Whether an example can have this id: an int (numpy's too, no bool), 0 to 2**63 - 1."""
     try:
-        number = -1 if isinstance(example_id, bool) else operator.index(example_id)
+        return not isinstance(example_id, bool) and 0 <= operator.index(example_id) <= LAST_ID
     except TypeError:
-        number = -1
-    if not 0 <= number <= LAST_ID:
+        return False
+
+
+def checked_id(example_id: Any) -> int:
+    """An example id as an int."""
+    if not is_id(example_id):
         fail(CacheError, "example_id", repr(example_id), "an int from 0 to 2**63 - 1")
-    return number
+    return operator.index(example_id)
 
 
 class CacheReader:
@@ -78,7 +82,8 @@ class CacheReader:
         return self.manifest.examples
 
     def __contains__(self, example_id: Any) -> bool:
-        return self._find(checked_id(example_id)) is not None
+        """False for what can be no id: a set of ids would say the same."""
+        return is_id(example_id) and self._find(operator.index(example_id)) is not None
 
     def _shard(self, number: int) -> Shard:
         shard = self._open.get(number)

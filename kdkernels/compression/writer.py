@@ -19,7 +19,7 @@ import numpy.typing as npt
 from kdkernels._checks import fail
 from kdkernels.compression import codec
 from kdkernels.compression.manifest import NAME, SHARD_NAME, CacheError, Manifest, Settings, ShardEntry, read_manifest
-from kdkernels.compression.reader import CacheReader, checked_id
+from kdkernels.compression.reader import CacheReader, checked_id, is_id
 from kdkernels.compression.shard import Example, Shard, input_hash, stamp, write_shard
 from kdkernels.durable import replace_file, sync_folder
 
@@ -35,7 +35,8 @@ class CacheWriter:
     def __init__(self, path: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
         """Open an existing cache, with its state after the last commit."""
         self.path = Path(path)
-        read_manifest(self.path)  # complains before anything is touched
+        _check_shard_bytes(shard_bytes)  # complains before anything is touched, as the next line does
+        read_manifest(self.path)
         self._start(lock(self.path), shard_bytes)
 
     @classmethod
@@ -45,6 +46,7 @@ class CacheWriter:
         """A new cache in a folder that is missing or empty; with `resume` also an existing one of these settings."""
         self, folder = cls.__new__(cls), Path(path)
         self.path = folder
+        _check_shard_bytes(shard_bytes)
         _check_new(folder, resume)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -68,8 +70,6 @@ class CacheWriter:
 
     def _start(self, handle: int, shard_bytes: int) -> None:
         self._lock = handle
-        if isinstance(shard_bytes, bool) or not isinstance(shard_bytes, int) or shard_bytes < 1:
-            fail(CacheError, "shard_bytes", repr(shard_bytes), "an int, at least 1")
         self.shard_bytes = shard_bytes
         self.pending: dict[int, Example] = {}
         self._pending_bytes = 0
@@ -109,7 +109,7 @@ class CacheWriter:
         return shard.entry
 
     def __contains__(self, example_id: Any) -> bool:
-        return checked_id(example_id) in self.pending or example_id in self.reader
+        return example_id in self.reader or (is_id(example_id) and checked_id(example_id) in self.pending)
 
     def append(
         self,
@@ -207,18 +207,41 @@ class CacheWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Commit, also what was appended before an exception; a cache that cannot be written hides no other error."""
+        """Commit, also what was appended before an exception, and let others write.
+
+        `CacheError` where that fails: it says what is on disk, what is lost and how to go on. Another exception of the
+        block is not hidden by it.
+        """
         try:
             self.close()
-        except CacheError:
-            if error is None:
-                raise
+        except CacheError as failure:
+            if error is None or (isinstance(error, CacheError) and isinstance(error.__cause__, OSError)):
+                raise CacheError(self._left(failure)) from failure.__cause__
         finally:
             self.release()
+
+    def _left(self, failure: CacheError) -> str:
+        """After a commit that failed for good."""
+        reason = getattr(failure.__cause__, "strerror", None) or failure
+        kept = f"the {len(self.reader)} examples committed are on disk"
+        ids = sorted(self.pending)
+        named = ", ".join(map(str, ids[:5])) + (f", ... {ids[-1]}" if len(ids) > 5 else "")
+        lost = (
+            f"the {len(ids)} appended since ({named}) are not" if ids else "though the disk has not confirmed the last"
+        )
+        return (
+            f"cache {str(self.path)!r}: writing failed ({reason}) when the block ended; {kept}, {lost}; free space, "
+            "open it with resume (--resume) and append what it lacks: `id in cache` tells"
+        )
 
     def __del__(self) -> None:
         if getattr(self, "_lock", -1) >= 0:
             os.close(self._lock)
+
+
+def _check_shard_bytes(shard_bytes: int) -> None:
+    if isinstance(shard_bytes, bool) or not isinstance(shard_bytes, int) or shard_bytes < 1:
+        fail(CacheError, "shard_bytes", repr(shard_bytes), "an int, at least 1")
 
 
 def _write_manifest(folder: Path, manifest: Manifest) -> None:
