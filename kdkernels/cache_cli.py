@@ -68,6 +68,7 @@ def _add_import(inner: Any) -> None:
     source.add_argument("--out", required=True, metavar="DIR", help="folder of the cache")
     source.add_argument("--format", required=True, choices=FORMATS, help="what the files hold; docs/cache.md has more")
     source.add_argument("--vocab-size", required=True, type=int, metavar="INT", help="entries of the teacher's rows")
+    source.add_argument("--k", type=int, metavar="INT", help="most entries a row has (default: found by a pass)")
     source.add_argument("--temperature", type=float, default=1.0, metavar="FLOAT", help="of the rows (default 1.0)")
     source.add_argument("--bits", type=int, default=8, metavar="INT", help="bits of a log-probability (default 8)")
     source.add_argument("--teacher", default="", metavar="STR", help="recorded: which model it was")
@@ -159,7 +160,7 @@ def _import(arguments: argparse.Namespace) -> int:
 
         hashed = tokenizer_hash(load_tokenizer("tokenizer", arguments.tokenizer))
     examples = importers.read(
-        arguments.format, arguments.source, vocab_size=arguments.vocab_size, compression=compression
+        arguments.format, arguments.source, vocab_size=arguments.vocab_size, compression=compression, k=arguments.k
     )
     with _bar(len(examples), arguments.quiet) as bar:
         cache = importers.write(

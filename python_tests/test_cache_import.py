@@ -109,6 +109,40 @@ def axolotl(i: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def narrow(i: int) -> dict[str, Any]:
+    """Example `i` with its first i + 1 entries."""
+    ids, log_probs, _ = cases.example(i)
+    return {"target_token_ids": ids[:, : i + 1].tolist(), "target_logprobs": log_probs[:, : i + 1].tolist()}
+
+
+@pytest.mark.parametrize("how", ["rows", "disk"])
+def test_the_widest_row_decides_on_k(tmp_path: Path, how: str) -> None:
+    source: Any = [narrow(i) for i in (1, 3, 2)]
+    if how == "disk":
+        pytest.importorskip("datasets").Dataset.from_list(source).save_to_disk(str(tmp_path / "data"))
+        source = tmp_path / "data"
+    reader = write(importers.read("axolotl", source, vocab_size=cases.VOCAB), tmp_path / "cache")
+    assert reader.settings.k == 4
+    assert [reader.read(i).ids.shape[1] for i in range(3)] == [2, 4, 3]
+    np.testing.assert_array_equal(reader.read(1).ids, cases.example(3)[0][:, :4])
+
+
+def test_k_may_be_given(tmp_path: Path) -> None:
+    source = [narrow(i) for i in (1, 3, 2)]
+    given = importers.read("axolotl", source, vocab_size=cases.VOCAB, k=6)
+    assert write(given, tmp_path / "wide").settings.k == 6
+    given = importers.read("axolotl", source, vocab_size=cases.VOCAB, k=3)
+    with pytest.raises(CacheError, match=r"list\[1\]: entries a row = 4: must be at most k \(3\); raise k \(--k\)"):
+        write(given, tmp_path / "narrow")
+    with pytest.raises(CacheError, match="k = 0: must be an int, at least 1, or None"):
+        importers.read("axolotl", source, vocab_size=cases.VOCAB, k=0)
+    folder = tmp_path / "files"
+    folder.mkdir()
+    ids, log_probs, _ = cases.example(0)
+    np.savez(folder / "0.npz", ids=ids, log_probs=log_probs)
+    assert importers.read("arrays", folder, vocab_size=cases.VOCAB, k=20).k == 20
+
+
 @pytest.mark.parametrize("how", ["rows", "disk", "parquet"])
 def test_axolotl_columns(tmp_path: Path, how: str) -> None:
     source: Any = [axolotl(i) for i in range(cases.EXAMPLES)]

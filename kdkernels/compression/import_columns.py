@@ -26,10 +26,18 @@ _DTYPES = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "float64": "<f
 
 
 class Columns:
-    """A dataset's rows, numbered in their order."""
+    """A dataset's rows, numbered in their order.
+
+    k: the most entries a row has; None looks through all of them, one at a time, before the import begins.
+    """
 
     def __init__(
-        self, form: str, source: str | Path | Sequence[Mapping[str, Any]], vocab: int, packed: Mapping[str, Any] | None
+        self,
+        form: str,
+        source: str | Path | Sequence[Mapping[str, Any]],
+        vocab: int,
+        packed: Mapping[str, Any] | None,
+        k: int | None = None,
     ) -> None:
         self.form, self.vocab = form, vocab
         self.where = str(source) if isinstance(source, (str, Path)) else type(source).__name__
@@ -37,7 +45,8 @@ class Columns:
         if not len(self.rows):
             fail(CacheError, "source", repr(self.where), "a dataset with at least one row")
         self.packing = None if packed is None else _Packing.read(packed, vocab)
-        self.k = self._example(0, self.rows[0]).ids.shape[-1]
+        first = self._example(0, self.rows[0])  # columns that are not there are told at once
+        self.k = self._widest(first.ids.shape[-1]) if k is None else k
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -45,6 +54,15 @@ class Columns:
     def __iter__(self) -> Iterator[TopK]:
         for number in range(len(self.rows)):
             yield self._example(number, self.rows[number])
+
+    def _widest(self, first: int) -> int:
+        name = "target_token_ids" if self.form == "axolotl" else "token_ids"
+        if name not in self.rows[0]:
+            return first  # packed: every row is of one width
+        select = getattr(self.rows, "select_columns", None)  # of a Dataset, which then reads no other column
+        rows = self.rows if select is None else select([name])
+        matrices = (_matrix(rows[i], name, f"{self.where}[{i}]", np.int64) for i in range(len(rows)))
+        return max(int(matrix.shape[-1]) for matrix in matrices)
 
     def _example(self, number: int, row: Mapping[str, Any]) -> TopK:
         where = f"{self.where}[{number}]"

@@ -58,20 +58,26 @@ def read(
     *,
     vocab_size: int,
     compression: Mapping[str, Any] | None = None,
+    k: int | None = None,
 ) -> Examples:
     """Files (or rows, a sequence of mappings such as a `datasets.Dataset`) in one of `FORMATS`.
 
-    compression: the settings with which DistillKit packed its columns.
+    compression: the settings with which DistillKit packed its columns. k: the most entries a row has (the cache's k);
+    None finds out, which reads a dataset's ids once more.
     """
     if form not in FORMATS:
         fail(CacheError, "format", repr(form), "one of " + ", ".join(map(repr, FORMATS)))
+    if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
+        fail(CacheError, "k", repr(k), "an int, at least 1, or None")
     if form == "arrays":
         if not isinstance(source, (str, Path)):
             fail(CacheError, "source", type(source).__name__, "the path of a folder")
-        return _arrays(Path(source))
+        examples = _arrays(Path(source))
+        examples.k = examples.k if k is None else k
+        return examples
     from kdkernels.compression.import_columns import Columns
 
-    return Columns(form, source, vocab_size, compression)
+    return Columns(form, source, vocab_size, compression, k)
 
 
 def write(
@@ -102,11 +108,18 @@ def write(
     with CacheWriter.create(out, settings, resume=resume) as writer:
         for example in examples:
             if not (resume and example.id in writer):
+                _check_width(example, settings.k)
                 ids, log_probs, log_tail = _place(example, *normalised(example, vocab_size), aligned)
                 writer.append(example.id, ids, log_probs, log_tail, input_ids=example.input_ids)
             progress(1)
         writer.commit()
         return writer.reader
+
+
+def _check_width(example: TopK, k: int) -> None:
+    width = np.shape(example.ids)[-1] if np.ndim(example.ids) else 0
+    if width > k:
+        fail(CacheError, f"{example.where}: entries a row", width, f"at most k ({k})", "raise k (--k)")
 
 
 def normalised(example: TopK, vocab_size: int) -> tuple[Int32, Float32, Float32]:
