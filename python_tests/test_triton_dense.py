@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import cases
+import golden
 import oracle
 import pytest
 import torch
@@ -14,7 +15,9 @@ from ptx.triton_shim import Emulator
 
 import kdkernels as kd
 from kdkernels.divergences import Divergence
+from kdkernels.ops.rows import RowSpec, Side, divergence_rows_
 from kdkernels.triton import forms, host
+from kdkernels.weights import RowWeights
 
 pytestmark = [pytest.mark.sample(3), pytest.mark.thin(6)]
 
@@ -234,6 +237,32 @@ def test_linear_heads(dtype: torch.dtype, options: dict[str, float], served: Ser
         oracle.check(student, teacher, divergence, backend="triton", labels=labels, ce_weight=0.4, temperature=1.5,
                      chunk_bytes=2 * 2 * 301 * dtype.itemsize)  # fmt: skip
     assert len(emulator.reports) > 2  # more than one chunk
+
+
+@pytest.mark.sample(1)
+@pytest.mark.parametrize(
+    ("dtype", "cap"), [(torch.bfloat16, 30.0), (torch.float16, 5.0), (torch.float32, 30.0)], ids=ids
+)
+def test_soft_caps_are_as_good_as_the_stored_logits(dtype: torch.dtype, cap: float, served: Serve) -> None:
+    """Every logit by the loss of a label there."""
+    served()
+    stored = torch.cat([torch.linspace(-4 * cap, 4 * cap, 50), torch.tensor([0.0, 1e-3, -1e-3, 2e4, -6e4])]).to(dtype)
+    bias = torch.randn(55, generator=torch.Generator().manual_seed(0))
+    student, teacher = stored.repeat(55, 1), torch.zeros(55, 55, dtype=dtype)
+    labels, made = torch.arange(55), (torch.empty(55), torch.empty(55, 55, dtype=dtype), torch.empty(55, 6))
+    weights = RowWeights(torch.ones(55), torch.ones(55), labels)
+    side = Side(student, bias, 0.7, cap)
+    divergence_rows_("triton", side, Side(teacher), weights, RowSpec("forward_kl", 0, 0, 1.0, 55), *made)
+    z = cap * torch.tanh(0.7 * (stored.double() + bias.double()) / cap)
+    nll = z.logsumexp(0) - z
+    per_logit = 2**-22 if dtype == torch.float32 else 4e-7
+    assert ((made[2][:, 4] - nll).abs() <= 2 * per_logit * cap + 2**-22 * nll).all()
+    truth = golden.distill(golden.Side(student, None, bias, 0.7, cap), golden.Side(teacher), "forward_kl",
+                           w_kd=torch.ones(55), w_ce=torch.ones(55), labels=labels)  # fmt: skip
+    rounded = (truth.grad.to(dtype).double() - truth.grad).norm(dim=-1) * (dtype != torch.float32)
+    error = (made[1].double() - truth.grad).norm(dim=-1)
+    assert (error <= 2 * rounded + 4 * per_logit * cap * truth.scale).all()
+    assert (truth.grad.norm(dim=-1) > 0.04).all()
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])

@@ -12,10 +12,19 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra import libdevice
 
 from kdkernels.triton.element import exp
-from kdkernels.triton.rows import CAPPED, HOPELESS, INFINITY, LOG2_E, MASKED, PLAIN, add4, larger
+from kdkernels.triton.rows import (
+    HOPELESS,
+    INFINITY,
+    LOG2_E,
+    MASKED,
+    PLAIN,
+    add4,
+    head_logit,
+    head_slope,
+    larger,
+)  # fmt: skip
 from kdkernels.triton.sweeps import log_prob
 
 GHOST = tl.constexpr(0)
@@ -59,9 +68,7 @@ def gather_kept(
         if FORM_S != PLAIN:
             if bias is not None:
                 z += tl.load(bias + index, mask=held, other=0.0)
-            z *= scale
-        if FORM_S == CAPPED:
-            z = cap * libdevice.tanh(z * (1.0 / cap))
+            z = head_logit(z, scale, cap, FORM_S, row.dtype.element_ty)
         z = tl.where(held, z, -INFINITY)
         tl.store(kept + j, z, mask=j < count)
         place = index + shift
@@ -174,9 +181,6 @@ def scatter_kept(
             else:
                 g += tl.exp(log_prob(z, norm, per_t, False)) * ce
             g = tl.where(index == label, g - ce, g)
-        if FORM_S == CAPPED:
-            u = z * (1.0 / student[3])
-            g *= 1.0 - u * u
         if FORM_S != PLAIN:
-            g *= student[2]
+            g *= head_slope(z, student[2], student[3], FORM_S)
         tl.store(to + index, g.to(to.dtype.element_ty), mask=index >= 0)

@@ -15,7 +15,6 @@ import triton.language as tl
 from kdkernels.triton.element import exp as clamped_exp
 from kdkernels.triton.forms import ELEMENT, FURTHEST, POWERS
 from kdkernels.triton.rows import (
-    CAPPED,
     DOUBTFUL,
     FILL,
     FORWARD,
@@ -30,6 +29,7 @@ from kdkernels.triton.rows import (
     add2,
     add3,
     add4,
+    head_slope,
     larger2,
     read,
     tile,
@@ -233,11 +233,8 @@ def put(
     if label is not None:  # noqa: SIM102  # known when compiling; the other is not
         if (label >= at) & (label < at + o.shape[0] * o.shape[1]):
             g = tl.where(o == label, g - ce, g)
-    if FORM_S == CAPPED:
-        u = z * (1.0 / student[3])
-        g *= 1.0 - u * u
     if FORM_S != PLAIN:
-        g *= student[2]
+        g *= head_slope(z, student[2], student[3], FORM_S)
     write(to, o, span, g, LAYOUT, WHOLE_TILE)
 
 
