@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from kdkernels.ops.gate import SwitchDecision as SwitchDecision
     from kdkernels.sparse_logits import SparseLogits as SparseLogits
     from kdkernels.switch.gate import switch_gate as switch_gate
+    from kdkernels.switch.generate import switch_generate as switch_generate
+    from kdkernels.switch.output import SwitchOutput as SwitchOutput
 
 __version__ = "0.1.0"
 
@@ -54,12 +56,14 @@ _HOMES = {
     "SkewReverseKL": "divergences.skew_reverse_kl",
     "SparseLogits": "sparse_logits",
     "SwitchDecision": "ops.gate",
+    "SwitchOutput": "switch.output",
     "TeacherCache": "compression.cache",
     "TotalVariation": "divergences.total_variation",
     "compress": "compression.select",
     "distillation_loss": "losses",
     "explain": "explanation",
     "switch_gate": "switch.gate",
+    "switch_generate": "switch.generate",
 }
 _PACKAGES = ("compression", "data", "ddk", "divergences", "ops", "switch", "trainers", "triton")
 
