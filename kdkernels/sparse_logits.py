@@ -140,13 +140,15 @@ class SparseLogits:
         log_probs = torch.where(self.ids >= 0, log_probs, -torch.inf)
         return SparseLogits(self.ids, log_probs, log_tail, self.vocab_size, temperature, self.kind, None, tails)
 
-    def encode(self, bits: int = 8) -> EncodedLogits:
+    def encode(self, bits: int | None = None) -> EncodedLogits:
         """Packed into few bytes: `EncodedLogits` with ``.nbytes`` and ``.decode()``.
 
         Ids, ``log_tail``, ``entropy`` and ``other_tails`` stay as they are (float64 is rounded to float32).
 
         Args:
             bits: of a log-probability: 4 to 12 (quantised over the row's range), 16 (float16) or 32 (exact float32).
+                None: 8; 32 for draws, so that counts come back exactly (`kdkernels.compression.codec` has the limits
+                of fewer).
 
         Raises:
             ValueError: naming the row: ids that do not ascend or lie outside the vocabulary, NaN; or ``bits``.

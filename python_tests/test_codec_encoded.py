@@ -46,11 +46,32 @@ def test_everything_comes_back(leading: tuple[int, ...]) -> None:
     assert torch.equal(back.log_probs == -torch.inf, given.ids == -1)
 
 
+@pytest.mark.parametrize(("draws", "bits"), [(64, 8), (2700, 16), (100_000, 32)])
+def test_counts_of_draws_come_back(draws: int, bits: int) -> None:
+    """Of rows that hold one entry with nearly all draws, two with half each, and many."""
+    generator = torch.Generator().manual_seed(draws)
+    counts = [[draws - 1, 1], [draws // 2 - 1, draws // 2, 1]]
+    for concentration in (0.05, 1.0) * 20:
+        shares = torch.full((30,), concentration).pow(torch.rand(30, generator=generator) * 4)
+        drawn = torch.multinomial(shares, draws, replacement=True, generator=generator)
+        counts.append([int(c) for c in drawn.bincount() if c])
+    for row in counts:
+        n = torch.tensor([row], dtype=torch.float64)
+        ids = torch.arange(len(row), dtype=torch.int32)[None]
+        tail = torch.full((1,), -torch.inf)
+        given = kd.SparseLogits(ids, (n / draws).log().float(), tail, 301, kind="sampled")
+        back = given.encode(bits).decode().log_probs
+        assert torch.equal((back.double().exp() * draws).round(), n)
+        assert bits < 32 or torch.equal(back, given.log_probs)
+
+
 def test_bits_and_kind() -> None:
     given = sparse(40, kind="sampled")
     sizes = [given.encode(bits).nbytes for bits in (4, 8, 16, 32)]
     assert sizes == sorted(set(sizes))
     assert sizes[1] < given.nbytes / 3
+    assert given.encode().info().bits == 32
+    assert sparse(40).encode().info().bits == 8
     back = given.encode(bits=32).decode()
     assert back.kind == "sampled"
     assert back.entropy is None

@@ -67,16 +67,16 @@ def test_kept_entries_and_tail_are_the_rows_own(place: Path, tmp_path: Path, who
 
 def test_draws_are_repeated_by_their_seed(place: Path, tmp_path: Path) -> None:
     caches = [
-        build_cache(cache_config(place, tmp_path / f"{i}", samples=9, seed=seed), progress=False)
+        build_cache(cache_config(place, tmp_path / f"{i}", samples=9, seed=seed, bits=0), progress=False)
         for i, seed in enumerate((3, 3))
     ]
-    assert caches[0].settings.kind == "sampled"
+    assert (caches[0].settings.kind, caches[0].settings.bits) == ("sampled", 32)
     for number in (0, 5):
         one, two = caches[0][number], caches[1][number]
         assert torch.equal(one.ids, two.ids)
-        counts = one.log_probs.double().exp() * 9
-        torch.testing.assert_close(counts, counts.round(), rtol=0, atol=1e-5)
-        torch.testing.assert_close(counts.sum(-1), torch.full_like(counts[:, 0], 9.0))
+        counts = (one.log_probs.double().exp() * 9).round()
+        assert torch.equal(one.log_probs, (counts / 9).log().float())
+        assert (counts.sum(-1) == 9).all()
 
 
 def test_building_goes_on_where_it_was_stopped(place: Path, tmp_path: Path, whole: Path) -> None:
@@ -179,7 +179,10 @@ BUILD = [
     ({"k": 305}, "k is 305; allowed: up to the vocabulary, 304; lower it"),
     ({"top_p": 1.5}, r"top_p is 1.5; allowed: 0 \(all k\) to 1"),
     ({"samples": 4, "top_p": 0.5}, "samples is 4; allowed: 0 where top_p is given"),
-    ({"bits": 13}, "bits is 13; allowed: one of 4, 5"),
+    ({"bits": 13}, "bits is 13; allowed: 0, 4, 5"),
+    ({"other_temperatures": "2,x"}, "other_temperatures is '2,x'; allowed: numbers above 0, separated by commas"),
+    ({"other_temperatures": "0"}, "other_temperatures is '0'; allowed: numbers above 0"),
+    ({"other_temperatures": "2", "samples": 4}, "other_temperatures is '2'; allowed: none with samples"),
     ({"temperature": 0.0}, "temperature is 0.0; allowed: above 0"),
     ({"temperature": float("inf")}, "temperature is inf; allowed: a finite number"),
     ({"block_size": 512}, "block_size is 512; the teacher reads at most 256 tokens"),

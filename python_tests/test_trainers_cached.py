@@ -125,6 +125,24 @@ def test_a_cache_without_temperature_1_scores_the_student_alone(place: Path, tmp
     assert "-" in table(result.summary)
 
 
+def test_a_cache_trains_at_every_temperature_that_it_keeps(place: Path, tmp_path: Path) -> None:
+    """As one built at that temperature, but for the rounding of 8 bits."""
+    build_cache(cache_config(place, tmp_path / "both", k=24, bits=0, other_temperatures="2.0, 3"), progress=False)
+    build_cache(cache_config(place, tmp_path / "two", k=24, bits=0, temperature=2.0), progress=False)
+    settings = kd.TeacherCache.open(tmp_path / "both").settings
+    assert (settings.temperature, settings.others, settings.bits) == (1.0, (2.0, 3.0), 8)
+    assert kd.TeacherCache.open(tmp_path / "both").stat()["other_temperatures"] == [2.0, 3.0]
+    assert kd.TeacherCache.open(tmp_path / "two").settings.others == (1.0,)
+    losses = {}
+    for name in ("both", "two"):
+        given = from_cache(place, tmp_path / name, tmp_path / f"run-{name}", temperature=2.0, steps=3)
+        distill(given, progress=False)
+        losses[name] = [row["divergence"] for row in lines(tmp_path / f"run-{name}") if row["event"] == "step"]
+    assert losses["both"] == pytest.approx(losses["two"], rel=1e-3)
+    with pytest.raises(UserError, match=r"temperature is 4.0; the cache .* holds 1.0, 2.0, 3.0; choose one of these"):
+        build(from_cache(place, tmp_path / "both", tmp_path / "other", temperature=4.0))
+
+
 def test_a_wider_student_is_cut_to_the_cache(place: Path, tmp_path: Path, whole: Path, words: Any) -> None:
     tiny.save(tiny.llama(1, vocab=320), tmp_path / "wide", words)
     options = from_cache(place, whole, tmp_path / "run", student=str(tmp_path / "wide"), steps=1)

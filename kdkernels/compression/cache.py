@@ -66,7 +66,7 @@ class TeacherCache:
         other_temperatures: Sequence[float] = (),
         entropy: bool = False,
         kind: str = "topk",
-        bits: int = 8,
+        bits: int | None = None,
         teacher: str = "",
         tokenizer: str = "",
         tokenizer_hash: str = "",
@@ -84,7 +84,8 @@ class TeacherCache:
             other_temperatures: of the tails that every example brings besides (`SparseLogits.other_tails`).
             entropy: keep the rows' entropies.
             kind: "topk" or "sampled", of every example.
-            bits: 4 to 12 for quantised log-probabilities, 16 for float16, 32 for float32 (`codec.encode`).
+            bits: 4 to 12 for quantised log-probabilities, 16 for float16, 32 for float32 (`codec.encode`). None: 8,
+                for "sampled" 32, so that counts come back exactly.
             teacher, tokenizer, tokenizer_hash: recorded; `open` compares the hash with the student's.
             metadata: further plain values, recorded.
             resume: where `path` is a cache with these settings already, go on with it.
@@ -96,8 +97,9 @@ class TeacherCache:
         if isinstance(other_temperatures, (int, float)):
             fail(CacheError, "other_temperatures", other_temperatures, "a sequence of numbers")
         settings = Settings(
-            vocab_size, k, temperature, tuple(other_temperatures), bool(entropy), kind, bits, teacher, tokenizer,
-            tokenizer_hash, dict(metadata or {}),
+            vocab_size, k, temperature, tuple(other_temperatures), bool(entropy), kind,
+            codec.USUAL_BITS.get(kind, 8) if bits is None else bits, teacher, tokenizer, tokenizer_hash,
+            dict(metadata or {}),
         )  # fmt: skip
         writer = CacheWriter.create(path, settings, resume=resume, shard_bytes=shard_bytes)
         return cls(writer.reader, writer)

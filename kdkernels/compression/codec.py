@@ -12,6 +12,10 @@ together, as a teacher's do. Of log-probabilities, ``bits`` says what is kept:
 | 16 | float16 | 2**-11 of the number, at most; below -65504: what is missing to -65504 |
 | 32 | float32 | 0 |
 
+Frequencies of draws, log(count / n), take 32 bits unless others are asked for: steps would turn an unbiased estimate
+into a biased one. ``round(n * exp(log_prob))`` still gives back every count of up to n = 64 draws at 8 bits, and of up
+to 2700 at 16.
+
 Steps are even in the log-probability: on real teachers finer steps for the probable entries lower the mean divergence
 by a tenth at the most, and double the largest error. Codes are placed such that the row's kept mass stays what it was
 (to 3e-7): the decoded distribution needs no renormalising, and what it loses is second order in the error. A row that
@@ -38,6 +42,8 @@ Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
 Buffer = bytes | bytearray | memoryview | NDArray[np.uint8]
 BITS = (*range(4, 13), 16, 32)
+USUAL_BITS = {"topk": 8, "sampled": 32}
+"""By kind of `kdkernels.SparseLogits`: likely entries quantised, frequencies exact."""
 _NO_COLUMNS: Mapping[str, Float32] = MappingProxyType({})
 
 

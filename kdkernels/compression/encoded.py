@@ -89,7 +89,7 @@ def columns_of(sparse: SparseLogits) -> dict[str, Tensor]:
     return tails if sparse.entropy is None else {ENTROPY: sparse.entropy, **tails}
 
 
-def encode(sparse: SparseLogits, bits: int = 8) -> EncodedLogits:
+def encode(sparse: SparseLogits, bits: int | None = None) -> EncodedLogits:
     """What `SparseLogits.encode` does: docstring there."""
 
     def numbers(x: Tensor) -> codec.Float32:
@@ -103,7 +103,7 @@ def encode(sparse: SparseLogits, bits: int = 8) -> EncodedLogits:
         numbers(sparse.log_probs).reshape(rows, width),
         numbers(sparse.log_tail),
         vocab_size=sparse.vocab_size,
-        bits=bits,
+        bits=codec.USUAL_BITS[sparse.kind] if bits is None else bits,
         columns={name: numbers(x) for name, x in columns_of(sparse).items()},
     )
     data = torch.frombuffer(bytearray(block), dtype=torch.uint8)

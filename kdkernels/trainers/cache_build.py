@@ -91,20 +91,15 @@ def _settings(config: CacheConfig, source: _Source, tokenizer: Any, corpus: Corp
         "vocab_size": source.vocab,
         "k": min(config.samples or config.k, source.vocab),
         "temperature": config.temperature,
-        "other_temperatures": _others(config),
+        "other_temperatures": config.others(),
         "entropy": config.entropy,
         "kind": "sampled" if config.samples else "topk",
-        "bits": config.bits,
+        "bits": config.bits or None,
         "teacher": config.teacher,
         "tokenizer": config.tokenizer or config.teacher,
         "tokenizer_hash": tokenizer_hash(tokenizer),
         "metadata": metadata,
     }
-
-
-def _others(config: CacheConfig) -> tuple[float, ...]:
-    """Held-out scores are at temperature 1, so its tail is always there."""
-    return () if config.samples or config.temperature == 1 else (1.0,)
 
 
 def _same_text(cache: kd.TeacherCache, metadata: dict[str, Any]) -> None:
@@ -173,7 +168,7 @@ class _Source:
         batch = {name: value.to(self.device) for name, value in batch.items()}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             logits = self.head.logits(hidden_states(self.model, batch), self.dtype)
-        options: dict[str, Any] = {"top_p": config.top_p or None, "other_temperatures": _others(config)}
+        options: dict[str, Any] = {"top_p": config.top_p or None, "other_temperatures": config.others()}
         if config.samples:
             seed = (config.seed << 40) + first
             options = {"samples": config.samples, "generator": torch.Generator(self.device).manual_seed(seed)}

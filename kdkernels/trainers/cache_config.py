@@ -36,7 +36,8 @@ class CacheConfig:
     top_p: float = _option(0.0, "keep only as many of the k as reach this mass (0: all k)")
     samples: int = _option(0, "instead of the most likely entries, this many draws from every row (0: none)")
     temperature: float = _option(1.0, "temperature of the distributions; the tail at 1 is kept besides")
-    bits: int = _option(8, "bits of a log-probability: 4 to 12 quantised, 16 or 32 floating point")
+    other_temperatures: str = _option("", "further temperatures to train at, such as 2,4: 4 bytes a token each")
+    bits: int = _option(0, "bits of a log-probability: 4 to 12 quantised, 16 or 32 floating point (0: 8, of draws 32)")
     entropy: bool = _option(False, "keep the entropy of every row")
     vocab_size: int = _option(0, "real vocabulary where the teacher's head is padded (0: its rows)")
 
@@ -63,12 +64,28 @@ class CacheConfig:
         _require(0 <= self.top_p <= 1, "top_p", str(self.top_p), "0 (all k) to 1", "correct it")
         both = self.samples and self.top_p
         _require(not both, "samples", str(self.samples), "0 where top_p is given", "choose one of the two")
-        _require(self.bits in BITS, "bits", str(self.bits), "one of " + ", ".join(map(str, BITS)), "8 is usual")
+        _require(self.bits in (0, *BITS), "bits", str(self.bits), "0, " + ", ".join(map(str, BITS)), "0 is usual")
         _require(self.temperature > 0, "temperature", str(self.temperature), "above 0", "raise it")
+        self._check_others()
         _require(self.batch_size >= 1, "batch_size", str(self.batch_size), "at least 1", "raise it")
         for name in ("samples", "vocab_size", "seed", "commit_every", "chunk_mib"):
             _require(getattr(self, name) >= 0, name, str(getattr(self, name)), "0 or more", "raise it")
         return self
+
+    def others(self) -> tuple[float, ...]:
+        """`other_temperatures`, and 1, at which held-out text is scored; none with draws."""
+        given = [float(part) for part in self.other_temperatures.split(",") if part.strip()]
+        usual = [] if self.samples else [1.0]
+        return tuple(t for t in dict.fromkeys((*usual, *given)) if t != self.temperature)
+
+    def _check_others(self) -> None:
+        given, name = self.other_temperatures, "other_temperatures"
+        try:
+            usable = all(0 < t < math.inf for t in self.others())
+        except ValueError:
+            usable = False
+        _require(usable, name, repr(given), "numbers above 0, separated by commas", "2,4 for example")
+        _require(not (given and self.samples), name, repr(given), "none with samples", "draws hold at one temperature")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
