@@ -29,8 +29,9 @@ from kdkernels.triton.dense import (
     store_row,
 )
 from kdkernels.triton.element import exp, kl
-from kdkernels.triton.rows import FILL, INFINITY, PLAIN, add3, add4, larger2, natural, read, tile, within
-from kdkernels.triton.sweeps import log_prob, put
+from kdkernels.triton.gradients import put
+from kdkernels.triton.rows import FILL, INFINITY, PLAIN, add3, add4, larger2, natural, read, side_of, tile, within
+from kdkernels.triton.sweeps import log_prob
 
 
 @triton.jit
@@ -224,9 +225,7 @@ def adaptive_kernel(
         dlogits, dlogits_stride, dlogits_vocab, loss, stats, w_kd, w_ce, labels, vocab, FORM_S, LAYOUT, ROWS,
     )  # fmt: skip
     if row_counts(out, weights, label, vocab, ROWS):
-        sides = (
-            (begins[0], None if student_bias is None else student_bias - shift, student_scale, student_cap),
-            (begins[1], None if teacher_bias is None else teacher_bias - shift, teacher_scale, teacher_cap),
-        )
-        adaptive_row(sides[0], sides[1], (shift, shift + vocab), vocab, out, weights, label, (per_t, c, a),
+        side_s = side_of(begins[0], (student_bias, student_scale, student_cap), shift)
+        side_t = side_of(begins[1], (teacher_bias, teacher_scale, teacher_cap), shift)
+        adaptive_row(side_s, side_t, (shift, shift + vocab), vocab, out, weights, label, (per_t, c, a),
                      COLD, FORM_S, FORM_T, LAYOUT, ROWS, VEC)  # fmt: skip

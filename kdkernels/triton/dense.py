@@ -11,6 +11,7 @@ from triton.language.extra import libdevice
 
 from kdkernels.triton.careful import careful_sums, careful_tops
 from kdkernels.triton.forms import ELEMENT
+from kdkernels.triton.gradients import gradient_sweep
 from kdkernels.triton.rows import (
     FORWARD,
     HOPELESS,
@@ -23,8 +24,9 @@ from kdkernels.triton.rows import (
     larger2,
     natural,
     read_one,
+    side_of,
 )  # fmt: skip
-from kdkernels.triton.sweeps import first_place, first_sweep, gradient_sweep, stats_sweep
+from kdkernels.triton.sweeps import first_place, first_sweep, stats_sweep
 
 SMALL = tl.constexpr(1e-3)
 """Nats. An online sum is off by 1e-7; a row whose divergence comes out below is summed again entry by entry."""
@@ -172,8 +174,7 @@ def one_row(
 ):  # fmt: skip
     """A row that counts. given_*: (bias, scale, cap); label: (place or None, index, legal, its logit)."""
     per_t, c, a, b = numbers
-    student = (begin_s, None if given_s[0] is None else given_s[0] - shift, given_s[1], given_s[2])
-    teacher = (begin_t, None if given_t[0] is None else given_t[0] - shift, given_t[1], given_t[2])
+    student, teacher = side_of(begin_s, given_s, shift), side_of(begin_t, given_t, shift)
     span = (shift, shift + vocab)
     fine, s, t, cross, cold_sum, heat, tops = first_sweep(
         student, teacher, span, c, CARRY, COLD, out[1] is not None, FORM_S, FORM_T, LAYOUT, ROWS, VEC

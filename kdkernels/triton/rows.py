@@ -121,6 +121,13 @@ def anchor(base, r, stride, LAYOUT: tl.constexpr):
 
 
 @triton.jit
+def side_of(begin, head, shift):
+    """A side as the sweeps take it, (address, bias, scale, cap), of head = (bias, scale, cap): places count from
+    ``begin``, which is ``shift`` entries before the row's first."""
+    return begin, None if head[0] is None else head[0] - shift, head[1], head[2]
+
+
+@triton.jit
 def tile(ROWS: tl.constexpr, VEC: tl.constexpr, LAYOUT: tl.constexpr):
     """Places of a tile's entries ``[ROWS, VEC]``; without vectors, such that neighbouring threads read neighbours."""
     if LAYOUT == LOOSE:

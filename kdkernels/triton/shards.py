@@ -16,8 +16,9 @@ import triton.language as tl
 
 from kdkernels.triton.careful import careful_sums, careful_tops
 from kdkernels.triton.forms import ELEMENT
-from kdkernels.triton.rows import INFINITY, NOTHING, anchor, fill_row, larger2, read_one
-from kdkernels.triton.sweeps import first_place, gradient_sweep, stats_sweep
+from kdkernels.triton.gradients import gradient_sweep
+from kdkernels.triton.rows import INFINITY, NOTHING, anchor, fill_row, larger2, read_one, side_of
+from kdkernels.triton.sweeps import first_place, stats_sweep
 
 
 @triton.jit
@@ -28,11 +29,9 @@ def shard_sides(
     """Both sides and the span of row r."""
     begin_s, shift = anchor(student, r, student_stride, LAYOUT)
     begin_t, _ = anchor(teacher, r, teacher_stride, LAYOUT)
-    return (
-        (begin_s, None if student_bias is None else student_bias - shift, student_scale, student_cap),
-        (begin_t, None if teacher_bias is None else teacher_bias - shift, teacher_scale, teacher_cap),
-        (shift, shift + vocab),
-    )
+    side_s = side_of(begin_s, (student_bias, student_scale, student_cap), shift)
+    side_t = side_of(begin_t, (teacher_bias, teacher_scale, teacher_cap), shift)
+    return side_s, side_t, (shift, shift + vocab)
 
 
 @triton.jit

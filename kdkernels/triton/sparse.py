@@ -21,9 +21,23 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from kdkernels.triton.dense import label_loss, row_arguments, row_counts, store_everything, store_row
+from kdkernels.triton.gradients import put
 from kdkernels.triton.kept import GHOST, RENORMALIZE, TRUNCATE, compare_kept, gather_kept, scatter_kept, sum_kept
-from kdkernels.triton.rows import FILL, INFINITY, LN_2, LOG2_E, LOOSE, SHIFTED, fill_row, larger, natural, read, tile
-from kdkernels.triton.sweeps import borders, first_place, put
+from kdkernels.triton.rows import (
+    FILL,
+    INFINITY,
+    LN_2,
+    LOG2_E,
+    LOOSE,
+    SHIFTED,
+    fill_row,
+    larger,
+    natural,
+    read,
+    side_of,
+    tile,
+)
+from kdkernels.triton.sweeps import borders, first_place
 
 
 @triton.jit
@@ -267,7 +281,7 @@ def sparse_kernel(
         if (MODE == GHOST) | (MODE == TRUNCATE):
             mass = mass | ((tail > -INFINITY) & (number < vocab))
         if (wrong == 0) & mass & (top_p < INFINITY) & (tail < INFINITY):
-            side = (begins[0], None if student_bias is None else student_bias - shift, student_scale, student_cap)
+            side = side_of(begins[0], (student_bias, student_scale, student_cap), shift)
             sparse_row(side, (shift, shift + vocab), vocab, out, weights, label, (per_t, c, a, b, excess),
                        (row_ids, row_lp, tail, row_kept, row_bits, count), (top_k, top_p, first, number),
                        TERM, GRAD, MODE, COLD, FORM_S, LAYOUT, ROWS, VEC)  # fmt: skip
