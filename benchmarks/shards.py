@@ -2,12 +2,15 @@
 
 Writes benchmarks/results/shards-cpu.json:
 
-- ``cpu``: processor time of forward and backward, both ranks together, over that of the whole loss on one
-  thread (waiting threads of a pool would count as busy);
+- ``logits``, ``heads``: processor time of forward and backward, both ranks together (``ms_shards``), over that of the
+  whole loss on one thread (``ms_whole``; waiting threads of a pool would count as busy). ``ms_halves`` is what the two
+  ranks take at the same time for the loss without a group on half the vocabulary each: work that is merely split,
+  which costs more than the whole alone where cores share memory. ``ratio``, ``ratio_to_halves``: median, least, most;
 - ``sent``: bytes per token that a rank gives to each collective, counted at 2, 3 and 4 ranks;
 - ``memory``: what one rank's peak is beyond its inputs, at several N and V.
 
-`--quick` takes small shapes. Ranks are processes on this machine with one thread each, over gloo.
+`--only logits` and so on measures a part anew; `--quick` takes small shapes. Ranks are processes on this machine with
+one thread each, over gloo.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ from kdkernels import shard_pages
 RESULTS = Path(__file__).with_name("results") / "shards-cpu.json"
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "alpha_beta")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-ROUNDS = 7
+ROUNDS = 5
 HIDDEN = 1024
 
 
@@ -69,34 +72,52 @@ def processor_seconds(student: Any, teacher: Any, divergence: str, group: Any) -
     return time.process_time() - begin
 
 
-def measure_cpu(rank: int, size: int, quick: bool) -> list[dict[str, Any]]:
-    """Each round: the shards on all ranks, then the whole on rank 0."""
-    shapes: list[tuple[str, Callable[..., tuple[Any, Any]], int, int]] = [
-        ("logits", logits, *((64, 8192) if quick else (512, 128256))),
-        ("heads", heads, *((64, 4096) if quick else (512, 32000))),
-    ]
+def measure_logits(rank: int, size: int, quick: bool) -> list[dict[str, Any]]:
+    """Logits that exist already."""
+    return measure_cpu(logits, rank, size, *((64, 8192) if quick else (512, 128256)))
+
+
+def measure_heads(rank: int, size: int, quick: bool) -> list[dict[str, Any]]:
+    """Hidden states and heads."""
+    return measure_cpu(heads, rank, size, *((64, 4096) if quick else (512, 32000)))
+
+
+def measure_cpu(
+    make: Callable[..., tuple[Any, Any]], rank: int, size: int, rows: int, vocab: int
+) -> list[dict[str, Any]]:
+    """Each round: the shards on all ranks, halves without a group on all ranks, then the whole on rank 0."""
     found = []
-    for form, make, rows, vocab in shapes:
-        for name, dtype in DTYPES.items():
-            mine, whole = make(rows, vocab // size, dtype), make(rows, vocab, dtype) if rank == 0 else None
-            for divergence in DIVERGENCES:
-                shards, alone = [], []
-                for _ in range(ROUNDS + 1):
-                    dist.barrier()
-                    spent = torch.tensor(processor_seconds(*mine, divergence, dist.group.WORLD))
-                    dist.all_reduce(spent)
-                    shards.append(float(spent))
-                    if whole is not None:
-                        alone.append(processor_seconds(*whole, divergence, None))
-                if rank == 0:
-                    ratios = sorted(a / b for a, b in zip(shards[1:], alone[1:], strict=True))
-                    found.append({
-                        "form": form, "dtype": name, "rows": rows, "vocab": vocab, "divergence": divergence,
-                        "ms_shards": round(1e3 * statistics.median(shards[1:]), 1),
-                        "ms_whole": round(1e3 * statistics.median(alone[1:]), 1),
-                        "ratio": [round(x, 3) for x in (statistics.median(ratios), ratios[0], ratios[-1])],
-                    })  # fmt: skip
+    for name, dtype in DTYPES.items():
+        mine, whole = make(rows, vocab // size, dtype), make(rows, vocab, dtype) if rank == 0 else None
+        for divergence in DIVERGENCES:
+            shards, halves, alone = [], [], []
+            for _ in range(ROUNDS + 1):
+                shards.append(together(mine, divergence, dist.group.WORLD))
+                halves.append(together(mine, divergence, None))
+                if whole is not None:
+                    alone.append(processor_seconds(*whole, divergence, None))
+            if rank == 0:
+                found.append({
+                    "dtype": name, "rows": rows, "vocab": vocab, "divergence": divergence,
+                    **{f"ms_{what}": round(1e3 * statistics.median(taken[1:]), 1)
+                       for what, taken in (("shards", shards), ("halves", halves), ("whole", alone))},
+                    "ratio": ratios(shards, alone), "ratio_to_halves": ratios(shards, halves),
+                })  # fmt: skip
     return found
+
+
+def together(sides: tuple[Any, Any], divergence: str, group: Any) -> float:
+    """Processor seconds of one step, begun by all ranks at once, added up over them."""
+    dist.barrier()
+    spent = torch.tensor(processor_seconds(*sides, divergence, group))
+    dist.all_reduce(spent)
+    return float(spent)
+
+
+def ratios(taken: list[float], by: list[float]) -> list[float]:
+    """Round by round, the first left out: median, least, most."""
+    each = sorted(a / b for a, b in zip(taken[1:], by[1:], strict=True))
+    return [round(x, 3) for x in (statistics.median(each), each[0], each[-1])]
 
 
 class Counter:
@@ -166,14 +187,20 @@ def measure_memory(rank: int, size: int, quick: bool) -> list[dict[str, Any]]:
     return found if rank == 0 else []
 
 
-MEASURES = {"cpu": measure_cpu, "sent": measure_sent, "memory": measure_memory}
+MEASURES: dict[str, tuple[Callable[[int, int, bool], list[dict[str, Any]]], tuple[int, ...]]] = {
+    "sent": (measure_sent, (2, 3, 4)),
+    "memory": (measure_memory, (2,)),
+    "logits": (measure_logits, (2,)),
+    "heads": (measure_heads, (2,)),
+}
+"""Each with the numbers of ranks that it runs on."""
 
 
 def work(rank: int, size: int, folder: str, name: str, quick: bool) -> None:
     """One rank; rank 0 writes what it found."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/{name}{size}", rank=rank, world_size=size)
-    found = MEASURES[name](rank, size, quick)
+    found = MEASURES[name][0](rank, size, quick)
     if rank == 0:
         Path(folder, "found.json").write_text(json.dumps(found), encoding="utf-8")
     dist.barrier()
@@ -181,7 +208,7 @@ def work(rank: int, size: int, folder: str, name: str, quick: bool) -> None:
 
 
 def on_ranks(name: str, size: int, quick: bool) -> list[dict[str, Any]]:
-    """`MEASURES[name]` on fresh processes."""
+    """`MEASURES[name][0]` on fresh processes."""
     with tempfile.TemporaryDirectory() as folder:
         spawn(work, (size, folder, name, quick), size)
         found: list[dict[str, Any]] = json.loads(Path(folder, "found.json").read_text(encoding="utf-8"))
@@ -191,15 +218,18 @@ def on_ranks(name: str, size: int, quick: bool) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", nargs="+", choices=MEASURES, default=list(MEASURES))
     parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    found: dict[str, Any] = {"machine": machine.describe(), "commit": machine.commit()}
-    found["sent"] = [entry for size in (2, 3, 4) for entry in on_ranks("sent", size, given.quick)]
-    found["memory"] = on_ranks("memory", 2, given.quick)
-    found["cpu"] = on_ranks("cpu", 2, given.quick)
+    found: dict[str, Any] = {}
+    if set(given.only) != set(MEASURES) and given.output.is_file():
+        found = json.loads(given.output.read_text(encoding="utf-8"))
+    found |= {"machine": machine.describe(), "commit": machine.commit()}
+    for name in given.only:
+        found[name] = [entry for size in MEASURES[name][1] for entry in on_ranks(name, size, given.quick)]
     given.output.write_text(dump(found), encoding="utf-8")
-    print(f"{given.output}: {len(found['cpu'])} times, {len(found['sent'])} counts")
+    print(f"{given.output}: {', '.join(given.only)}")
 
 
 if __name__ == "__main__":
