@@ -3,8 +3,8 @@
     out = kd.switch_generate(student, teacher, *kd.switch.left_padded(prompts, pad), max_new_tokens=256)
     out.sequences, out.from_teacher, out.summary()
 
-`kd.switch_gate` decides one position, `kd.switch_generate` writes whole sequences. Schedules of the threshold beyond those
-that go by name: `kd.switch.ByDomain`, any function of (step, state).
+`kd.switch_gate` decides one position, `kd.switch_generate` writes whole sequences. Schedules of the threshold, beyond
+those that go by name: `kd.switch.ByDomain`, any function of (step, state).
 """
 
 from __future__ import annotations
