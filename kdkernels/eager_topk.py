@@ -1,6 +1,7 @@
 """The readable definition of selection and of draws, in plain torch: any device, any dtype.
 
-Masses are summed in float64. It sorts whole rows, which is what the other backends exist to avoid.
+Masses are summed in float64. It sorts whole rows, which is what the other backends exist to avoid; callers give it so
+many rows at a time that what it keeps of each (`ROW_BYTES` an entry) stays within their budget.
 """
 
 from __future__ import annotations
@@ -15,6 +16,11 @@ from kdkernels.eager import _bad_rows, _logits
 
 if TYPE_CHECKING:
     from kdkernels.ops.rows import Side
+
+
+ROW_BYTES = 72
+"""Most bytes that either function here holds at a time for an entry of the vocabulary, results apart (measured: 65 for
+selection with entropy, 24 for draws)."""
 
 
 def topk_rows_(

@@ -94,6 +94,12 @@ def linear(
     return call
 
 
+def compress(backend: str, dtype: torch.dtype, chunk_bytes: int, **options: Any) -> Callable[[], Any]:
+    """128 rows, of which the eager backend would hold 350 MiB at once."""
+    x = logits(128, 40000, dtype)
+    return lambda: kd.compress(x, 16, backend=backend, chunk_bytes=chunk_bytes, **options)
+
+
 F, B, HALF = torch.float32, torch.bfloat16, torch.float16
 CASES: dict[str, Callable[[str], Callable[[], Any]]] = {
     "inplace": lambda b: dense(b, F, inplace=True),
@@ -113,6 +119,10 @@ CASES: dict[str, Callable[[str], Callable[[], Any]]] = {
     "linear-bf16-1536": lambda b: linear(b, B, 1536, 16 * MIB),
     "linear-none-512": lambda b: linear(b, F, 512, 16 * MIB, reduction="none"),
     "linear-none-1536": lambda b: linear(b, F, 1536, 16 * MIB, reduction="none"),
+    "draws": lambda b: compress(b, F, 16 * MIB, samples=20),
+    "draws-bf16": lambda b: compress(b, B, 16 * MIB, samples=20),
+    "draws-small": lambda b: compress(b, B, 8 * MIB, samples=20),
+    "topk": lambda b: compress(b, B, 16 * MIB, entropy=True, other_temperatures=[2.0]),
 }
 
 
@@ -125,6 +135,8 @@ def main(backend: str, names: list[str]) -> None:
         linear(backend, dtype, 8, 1000, vocab=64)()
         linear(backend, dtype, 64, MIB)()
         linear(backend, dtype, 8, 1000, vocab=64, reduction="none")()
+        for options in ({"samples": 20}, {"entropy": True, "other_temperatures": [2.0]}):
+            kd.compress(logits(8, 64, dtype), 16, backend=backend, **options)
     for name in names:
         call = CASES[name](backend)
         print(name, round(peak_of(call), 2), flush=True)

@@ -9,6 +9,7 @@ import torch
 from compress_oracle import apart, golden
 
 import kdkernels as kd
+from kdkernels.eager_topk import ROW_BYTES
 
 pytestmark = pytest.mark.sample(3)
 
@@ -191,3 +192,17 @@ def test_bad_logits() -> None:
     assert not kd.compress(kd.LinearLogits(hidden, weight), 1).log_probs.requires_grad
     with pytest.raises(ValueError, match=r"logits\.hidden"):
         kd.compress(kd.LinearLogits(hidden.requires_grad_(), weight), 1)
+
+
+def test_chunks_of_rows_change_nothing() -> None:
+    """The eager backend takes few rows at a time; the numbers of the generator are drawn for all at once."""
+    logits = torch.randn(7, 301, generator=torch.Generator().manual_seed(1))
+    for options in ({"samples": 9}, {"entropy": True, "other_temperatures": [2.0]}):
+        found = []
+        for chunk_bytes in (None, 2 * 301 * ROW_BYTES, 1):
+            seeded = {"generator": torch.Generator().manual_seed(5)} if "samples" in options else {}
+            found.append(kd.compress(logits, 8, backend="eager", chunk_bytes=chunk_bytes, **seeded, **options))
+        for other in found[1:]:
+            assert torch.equal(other.ids, found[0].ids)
+            assert torch.equal(other.log_probs, found[0].log_probs)
+            assert torch.equal(other.log_tail, found[0].log_tail)

@@ -71,3 +71,16 @@ def test_linear_is_flat_in_the_number_of_tokens(backend: str) -> None:
         assert beyond[1536] < beyond[512] + 4, (form, beyond)
         if backend != "eager":
             assert max(beyond.values()) < CHUNK + 16, (form, beyond)
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpp"], indirect=True)
+def test_draws_and_selection_take_a_chunk(backend: str) -> None:
+    """However many rows there are: 128 of 40000 at once would be 120 MiB of draws, 300 of selection."""
+    found = peaks(backend, "draws", "draws-bf16", "draws-small", "topk")
+    if backend == "eager":
+        assert 1 < found["draws-small"] < 8
+        assert found["draws-small"] < found["draws-bf16"] < CHUNK
+        assert 1 < found["draws"] < CHUNK
+        assert 1 < found["topk"] < CHUNK
+    else:
+        assert max(found.values()) < 1

@@ -64,7 +64,8 @@ def compress(
         other_temperatures: further temperatures at which the tail's mass is kept.
         entropy: whether each row's entropy at ``temperature``, in nats, is kept.
         vocab_size: entries that exist, in all; columns beyond are padding. Default: all.
-        chunk_bytes: memory for one chunk of logits from `LinearLogits`. Default: 256 MiB.
+        chunk_bytes: memory for one chunk of rows: of logits from `LinearLogits`, and of what the eager backend keeps
+            of rows (72 bytes an entry; draws on a GPU are its work). Default: 256 MiB.
         backend: "auto", or one of "eager", "cpp", "cuda".
 
     Returns:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kdkernels._checks import fail
 from kdkernels.chunking import chunk_rows
+from kdkernels.eager_topk import ROW_BYTES
 from kdkernels.logits import LinearLogits
 from kdkernels.ops.compress import Kept
 from kdkernels.ops.rows import accumulation_dtype
@@ -161,17 +162,19 @@ def part_of(
 ) -> Part:
     """The rows of ``logits`` in the form in which the operators take them."""
     head: tuple[Tensor | None, Tensor | None, float, float]
+    kept = ROW_BYTES if backend == "eager" else 0  # what native kernels keep of a row does not depend on V
     if isinstance(logits, LinearLogits):
         x = logits.hidden.reshape(logits.shape[:-1].numel(), logits.hidden.shape[-1])
         weight = logits.weight.detach()
         bias = None if logits.bias is None else logits.bias.detach()
         scale = 1.0 if logits.scale is None else float(logits.scale)
         head = (weight, bias, scale, float(logits.softcap or 0.0))
-        rows = chunk_rows(x.shape[0], logits.weight.shape[0] * x.element_size(), chunk_bytes)
+        rows = chunk_rows(x.shape[0], logits.weight.shape[0] * (x.element_size() + kept), chunk_bytes)
     else:
         x = logits.reshape(logits.shape[:-1].numel(), logits.shape[-1])
         x = x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
-        head, rows = (None, None, 1.0, 0.0), max(1, x.shape[0])
+        head = (None, None, 1.0, 0.0)
+        rows = chunk_rows(x.shape[0], x.shape[-1] * kept, chunk_bytes) if kept else max(1, x.shape[0])
     return Part(x, head, logits.shape[:-1], share, temperature, backend, rows)
 
 

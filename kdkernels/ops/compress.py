@@ -75,9 +75,9 @@ def draw_rows_(backend: str, side: Side, temperature: float, vocab: int, uniform
 
 
 def _chunks(source: Source, vocab: int, chunk_rows: int) -> Iterator[tuple[slice, Side]]:
-    """Rows and their logits, which the next chunk overwrites where a head makes them."""
+    """So many rows at a time and their logits, which the next chunk overwrites where a head makes them."""
     like, n = source.input, source.input.shape[0]
-    size = max(1, n if source.weight is None else chunk_rows)
+    size = max(1, chunk_rows)
     with (
         _without_autocast(like.device.type),
         memory.workspace([source.chunk_shape(min(n, size), vocab)], like.dtype, like.device) as buffers,
@@ -119,7 +119,7 @@ def compress(
         weight, bias, scale, softcap: the head; bias ``[V]``, scale (1: none), softcap (0: none).
         temperature: T > 0.
         vocab: entries that exist; columns beyond are padding.
-        chunk_rows: rows whose logits exist at a time, with a head.
+        chunk_rows: rows at work at a time: with a head those whose logits exist.
         backend: one that serves (see `kdkernels.backends`).
         k: 1 to vocab.
         other_temperatures: M temperatures at which the tail's mass is wanted too.
