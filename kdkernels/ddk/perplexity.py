@@ -178,7 +178,7 @@ def _bytes(sample: Any, name: str) -> int:
 def _bar(steps: range, name: str, progress: bool) -> Any:
     if not progress:
         return steps
-    from kdkernels.trainers.models import need
+    from kdkernels.optional import need
 
     return need("tqdm", "the progress bar").tqdm(steps, desc=f"perplexity of {name}", unit="batch", leave=False)
 

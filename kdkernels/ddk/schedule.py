@@ -120,7 +120,7 @@ def _same_names(what: str, given: Mapping[str, Any], domains: tuple[str, ...]) -
 
 def draw_course(history: list[dict[str, Any]], domains: tuple[str, ...], path: Path) -> Path:
     """Two panels over the steps: share of each domain (stairs: an interval keeps its weights), discrepancy."""
-    from kdkernels.trainers.models import need
+    from kdkernels.optional import need
 
     need("matplotlib", "drawing")
     from matplotlib.figure import Figure

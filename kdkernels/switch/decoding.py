@@ -88,7 +88,7 @@ def _forward_names(model: Any) -> frozenset[str]:
 
 
 def _new_cache(model: Any, kind: str, length: int) -> Any:
-    from kdkernels.trainers.models import need
+    from kdkernels.optional import need
 
     transformers = need("transformers", "kd.switch_generate")
     config = model.config.get_text_config(decoder=True)

@@ -20,10 +20,11 @@ import kdkernels as kd
 from kdkernels.compression.merge import MERGED
 from kdkernels.data import Blocks, Corpus, load_corpus
 from kdkernels.errors import UserError
+from kdkernels.optional import need
 from kdkernels.trainers.cache_config import CacheConfig
 from kdkernels.trainers.cached import TEXT_OPTIONS
 from kdkernels.trainers.heads import Head, check_head, head_of, hidden_states
-from kdkernels.trainers.models import load_model, load_tokenizer, need, tokenizer_hash
+from kdkernels.trainers.models import load_model, load_tokenizer, tokenizer_hash
 from kdkernels.trainers.ranks import Ranks
 from kdkernels.trainers.run import progress_bar
 from kdkernels.trainers.setup import pick_device

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from kdkernels._checks import fail
 from kdkernels.errors import UserError
+from kdkernels.optional import need
 from kdkernels.trainers.lora import causal_lm
-from kdkernels.trainers.models import need
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback

@@ -283,7 +283,7 @@ def versions() -> dict[str, str]:
 
 def progress_bar(total: int, done: int, progress: bool, unit: str = "step") -> Any:
     """A tqdm bar on stderr; in a log file it writes a line only now and then."""
-    from kdkernels.trainers.models import need
+    from kdkernels.optional import need
 
     interval = 0.5 if sys.stderr.isatty() else 20.0
     return need("tqdm", "the progress bar").tqdm(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kdkernels.optional import need
 from kdkernels.trainers.hf import DistillationMixin
-from kdkernels.trainers.models import need
 
 if TYPE_CHECKING:
     from transformers import Trainer
