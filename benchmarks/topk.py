@@ -30,12 +30,12 @@ KEPT = (64, 1024)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def _emulated() -> Any:
-    """python_tests/cuda_topk.py, which the tests use too."""
+def _emulated(module: str = "cuda_topk") -> Any:
+    """python_tests/cuda_topk.py, or cuda_topk_oracle.py beside it, which the tests use too."""
     folder = str(machine.ROOT / "python_tests")
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    return importlib.import_module("cuda_topk")
+    return importlib.import_module(module)
 
 
 def steps(dtype: torch.dtype, k: int, target: int, vocab: int = VOCAB) -> list[Step]:
@@ -43,7 +43,7 @@ def steps(dtype: torch.dtype, k: int, target: int, vocab: int = VOCAB) -> list[S
     emulated = _emulated()
     logits = (3 * torch.randn(ROWS, vocab, generator=torch.Generator().manual_seed(0))).to(dtype)
     kept = emulated.topk(target, logits, k, multiprocessors=1)
-    emulated.assert_right(kept, logits, k)
+    _emulated("cuda_topk_oracle").assert_right(kept, logits, k)
     entries = logits.numel()
     least = entries * logits.element_size() // SECTOR
     return [

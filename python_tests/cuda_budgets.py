@@ -21,6 +21,7 @@ from unittest import mock
 import cuda_topk
 import torch
 from cuda_topk import Head
+from cuda_topk_oracle import assert_right
 from ptx import TARGETS
 from ptx.compile import nvcc
 from ptx.static_facts import static_facts
@@ -72,7 +73,7 @@ def counted(name: str, target: int) -> dict[str, float]:
     dtype, k, head, multiprocessors = CALLS[name]
     logits = (3 * torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(0))).to(dtype)
     kept = cuda_topk.topk(target, logits, k, head, multiprocessors=multiprocessors)
-    cuda_topk.assert_right(kept, logits, k, head)
+    assert_right(kept, logits, k, head)
     return {
         "launches": len(kept.reports),
         "instructions": round(sum(r.thread_instructions for r in kept.reports) / VOCAB, 2),

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from ptx import Settings, compile_cuda, parse, run
 from ptx.compile import nvcc
@@ -99,24 +98,29 @@ def _library() -> ctypes.CDLL:
 
 def plan(call: _Call, scratch: int, multiprocessors: int) -> list[Launch]:
     """The launches of the native launcher for that call, with scratch at that address."""
+    return planned(_library().kdkernels_topk_plan, ctypes.byref(call), ctypes.c_void_p(scratch), multiprocessors)
+
+
+def planned(planner: Callable[..., Any], *arguments: Any) -> list[Launch]:
+    """The launches that a planner of the native library visits."""
     launches: list[Launch] = []
 
     @_VISIT
     def visit(kernel: bytes, x: int, y: int, threads: int, shared: int, arguments: int, size: int) -> None:
         launches.append(Launch(kernel.decode(), (x, y, 1), threads, shared, ctypes.string_at(arguments, size)))
 
-    _library().kdkernels_topk_plan(ctypes.byref(call), ctypes.c_void_p(scratch), multiprocessors, visit)
+    planner(*arguments, visit)
     return launches
 
 
 @functools.cache
-def ptx(target: int) -> str:
+def ptx(target: int, family: str = "topk") -> str:
     """Of all kernels. Compiled once for all test processes, as it takes seconds: build/ptx keeps it."""
-    sources = [*sorted(SOURCES.glob("cuda/*topk*")), SOURCES / "cuda/numbers.cuh", *SOURCES.glob("*.h")]
+    sources = [*sorted(SOURCES.glob(f"cuda/*{family}*")), SOURCES / "cuda/numbers.cuh", *SOURCES.glob("*.h")]
     stamp = hashlib.sha256(b"\0".join([str(nvcc()).encode(), *(path.read_bytes() for path in sources)]))
-    kept = SOURCES.parent / "build/ptx" / f"topk-{target}-{stamp.hexdigest()[:16]}.ptx"
+    kept = SOURCES.parent / "build/ptx" / f"{family}-{target}-{stamp.hexdigest()[:16]}.ptx"
     if not kept.is_file():
-        text = compile_cuda(SOURCES / "cuda/topk.cu", target, FLAGS)
+        text = compile_cuda(SOURCES / f"cuda/{family}.cu", target, FLAGS)
         kept.parent.mkdir(parents=True, exist_ok=True)
         fresh = kept.with_suffix(f".{os.getpid()}")
         fresh.write_text(text)
@@ -125,8 +129,8 @@ def ptx(target: int) -> str:
 
 
 def kernel_text(target: int, name: str) -> str:
-    """The module with that kernel alone."""
-    text = ptx(target)
+    """The module with that kernel alone; kd_<family>_..."""
+    text = ptx(target, name.split("_")[1])
     parts = re.split(r"(?m)^(?=\t?\.visible \.entry |\.entry )", text)
     (own,) = [part for part in parts[1:] if re.match(rf"\s*(?:\.visible )?\.entry {name}\(", part)]
     return parts[0] + own
@@ -267,67 +271,3 @@ def load_ratio(reports: Iterable[Report], logits: Tensor, vocab: int) -> float:
     """Bytes of loaded sectors relative to the rows' own."""
     loaded = sum(report.load_sectors + report.atomic_sectors for report in reports) * 32
     return loaded / (len(logits) * vocab * logits.element_size())
-
-
-def select(logits: Tensor, k: int, head: Head | None = None) -> dict[str, Tensor]:
-    """The definition, in float64: stable sort, log-softmax over the row, tails summed from their own entries.
-
-    Entries are compared before the soft cap, which leaves their order alone, in float32 as the leaf does.
-    """
-    head = head or Head()
-    shift = torch.zeros(()) if head.bias is None else head.bias[: logits.shape[1]]
-    compared = head.scale * (logits.float() + shift) + 0.0  # -0 is 0
-    z = compared.double()
-    if head.softcap:  # it makes finite numbers of infinite ones
-        compared = compared.clamp(torch.finfo(torch.float32).min, torch.finfo(torch.float32).max)
-        z = head.softcap * torch.tanh(z / head.softcap)
-    order = compared.sort(dim=-1, descending=True, stable=True).indices[:, :k]
-    bad = compared.isnan().any(-1) | (compared == torch.inf).any(-1) | (compared == -torch.inf).all(-1)
-    chosen = torch.zeros(z.shape, dtype=torch.bool).scatter_(1, order, True) & (compared > -torch.inf)
-    ids = torch.where(chosen.gather(1, order), order, torch.iinfo(torch.int64).max).sort(-1).values
-    there = ids < z.shape[1]
-    ids = torch.where(there & ~bad[:, None], ids, -1)
-
-    def log_p(temperature: float) -> Tensor:
-        return torch.log_softmax(z / temperature, -1)
-
-    def tail(temperature: float) -> Tensor:
-        return torch.logsumexp(log_p(temperature).masked_fill(chosen, -torch.inf), -1)
-
-    lp = log_p(head.temperature)
-    kept = torch.where(there, lp.gather(1, ids.clamp(0)), -torch.inf)
-    result = {
-        "ids": ids,
-        "log_probs": torch.where(bad[:, None], torch.nan, kept),
-        "log_tail": torch.where(bad, torch.nan, tail(head.temperature)),
-        "entropy": -(lp.exp() * lp).nan_to_num(nan=0.0).sum(-1).masked_fill(bad, torch.nan),
-    }
-    if head.others:
-        columns = [torch.where(bad, torch.nan, tail(t)) for t in head.others]
-        result["other_tails"] = torch.stack(columns, -1)
-    return result
-
-
-def assert_right(kept: Kept, logits: Tensor, k: int, head: Head | None = None, tolerance: float = 2e-6) -> None:
-    """Ids as defined; every other number within `tolerance`, relative where it exceeds 1 in size. With a soft cap come
-    4 units in the last place of the largest logit, as tanh is within 2."""
-    expected, head = select(logits, k, head), head or Head()
-    least = min(head.temperature, *head.others) if head.others else head.temperature
-    tolerance += 4 * 2.0**-24 * head.softcap / least
-    wrong = (kept.ids.long() != expected["ids"]).any(-1).nonzero().flatten().tolist()
-    assert not wrong, f"ids of rows {wrong[:5]}: {kept.ids[wrong[:1]]}, not {expected['ids'][wrong[:1]]}"
-    for name in ("log_probs", "log_tail", "entropy", "other_tails"):
-        found = getattr(kept, name)
-        if found is not None:
-            close(name, found, expected[name], tolerance)
-
-
-def close(name: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
-    """NaN and infinities (of float32) in the same places, the rest within the tolerance."""
-    infinite = expected.float().isinf()
-    a, b = found.double().numpy(), torch.where(infinite, expected.sign() * torch.inf, expected).numpy()
-    same = (a == b) | (np.isnan(a) & np.isnan(b))
-    with np.errstate(invalid="ignore"):
-        error = np.where(same, 0, np.abs(a - b) / np.maximum(1, np.abs(b)))
-    worst = float(np.nan_to_num(error, nan=np.inf).max(initial=0))
-    assert worst <= tolerance, f"{name}: off by {worst:.3g}"
