@@ -29,6 +29,7 @@ class Decoder:
         self.forwards = 0
         self._names = _forward_names(model)
         self._cache = _new_cache(model, cache, length)
+        self._static = cache == "static"
         self._mask = self._positions = None
         if mask is not None:
             rest = mask.new_ones(mask.shape[0], length - mask.shape[1])
@@ -44,7 +45,9 @@ class Decoder:
         new = tokens[:, begin:upto] if rows is None else tokens[rows, begin:upto]
         options: dict[str, Any] = {}
         if self._mask is not None and self._positions is not None:
-            options["attention_mask"] = self._mask[:, :upto]
+            seen = self._mask[:, :upto]
+            # a static cache has its whole length from the start; some models (ALiBi) want a mask of that length
+            options["attention_mask"] = self._padded(seen) if self._static else seen
             if "position_ids" in self._names:
                 options["position_ids"] = self._positions[:, begin:upto]
         if "logits_to_keep" in self._names:
@@ -60,6 +63,11 @@ class Decoder:
         self._cache = out.past_key_values
         logits: Tensor = out.logits
         return logits[:, -1]
+
+    def _padded(self, seen: Tensor) -> Tensor:
+        """``seen [B, upto]`` with zeros for the tokens to come, ``[B, length]``."""
+        assert self._mask is not None
+        return torch.nn.functional.pad(seen, (0, self._mask.shape[1] - seen.shape[1]))
 
     def drops_rows(self) -> bool:
         """Whether the cache can forget rows."""

@@ -107,8 +107,9 @@ def switch_generate(
     if mask is not None:
         ids = torch.where(mask.bool(), ids, special.pad)
     state = SwitchState(ids, max_new_tokens, numbers_drawn, special.pad)
+    shown = torch.ones_like(ids) if mask is None and cache == "static" else mask
     readers = [
-        Decoder(role, model, cache, mask, ids.shape[1] + max_new_tokens)
+        Decoder(role, model, cache, shown, ids.shape[1] + max_new_tokens)
         for role, model in (("student", student), ("teacher", teacher))
     ]
     options = {
