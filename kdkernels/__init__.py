@@ -65,7 +65,7 @@ _HOMES = {
     "switch_gate": "switch.gate",
     "switch_generate": "switch.generate",
 }
-_PACKAGES = ("compression", "data", "ddk", "divergences", "ops", "switch", "trainers", "triton")
+_PACKAGES = ("compression", "data", "ddk", "divergences", "evaluation", "ops", "switch", "trainers", "triton")
 
 __all__ = [*_HOMES]  # noqa: PLE0604
 
