@@ -211,22 +211,28 @@ def arguments_of(argv: list[str] | None, program: str, description: str, output:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the demo; returns the exit status."""
-    arguments = arguments_of(argv, "python -m demo", "Distil SmolLM2-135M on this machine's CPU.", "runs/demo")
+def run_demo(kind: type[Demo], arguments: argparse.Namespace, program: str, ending: Callable[[Demo, Any], str]) -> int:
+    """Run a demo and print how it ended; returns the exit status."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is on this disk
     # Threads that wait must sleep: where another program wants a core too, spinning made a step 2 to 10 times slower
     # (2 cores, 2026); alone on the machine it makes no difference.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
-        demo = Demo(arguments)
-        metrics = demo.run()
+        demo = kind(arguments)
+        found = demo.run()
     except UserError as error:
-        print(f"demo: error: {error}", file=sys.stderr)
+        print(f"{program}: error: {error}", file=sys.stderr)
         return 2
-    print("\n" + report(metrics))
-    print(f"\nreport: {demo.output / 'report.png'}\nstudent: {metrics['student']}")
+    print("\n" + ending(demo, found))
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Distil, and compare with cross-entropy; returns the exit status."""
+    arguments = arguments_of(argv, "python -m demo", "Distil SmolLM2-135M on this machine's CPU.", "runs/demo")
+    return run_demo(Demo, arguments, "demo", lambda demo, metrics: "\n".join((
+        report(metrics), "", f"report: {demo.output / 'report.png'}", f"student: {metrics['student']}"
+    )))  # fmt: skip
 
 
 if __name__ == "__main__":

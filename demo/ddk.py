@@ -8,12 +8,10 @@ Stops and starts again where it was. Writes ddk.json, and ddk/ddk.png: the cours
 from __future__ import annotations
 
 import json
-import os
 import sys
 from typing import Any
 
-from demo.__main__ import Demo, arguments_of, write
-from kdkernels.errors import UserError
+from demo.__main__ import Demo, arguments_of, run_demo, write
 
 INTERVALS = 8
 """Measurements of a run, the last of them at its end."""
@@ -67,17 +65,9 @@ def report(found: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run the comparison; returns the exit status."""
     arguments = arguments_of(argv, "python -m demo.ddk", "DDK against equal sampling.", "runs/demo-ddk")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    try:
-        demo = DomainDemo(arguments)
-        found = demo.run()
-    except UserError as error:
-        print(f"demo.ddk: error: {error}", file=sys.stderr)
-        return 2
-    print("\n" + report(found))
-    print(f"\ncourse of the weights: {demo.output / 'ddk' / 'ddk.png'}")
-    return 0
+    return run_demo(DomainDemo, arguments, "demo.ddk", lambda demo, found: "\n".join((
+        report(found), "", f"course of the weights: {demo.output / 'ddk' / 'ddk.png'}"
+    )))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -40,14 +40,22 @@ def explain(
         teacher: only whether it is `SparseLogits` matters.
         divergence: name or object.
         backend: as in `kdkernels.distillation_loss`; an explicit choice that cannot serve raises here too.
-        options: the call's other options; they are checked, and none of them changes the choice.
+        options: the call's other options; they are checked. ``group`` (or DTensors) asks for rows in vocabulary shards,
+            which fewer backends compute; none of the others changes the choice.
 
     Returns:
         An `Explanation`: ``print(kd.explain(student, teacher, "jsd"))``.
     """
+    sharded = options.get("group") is not None or arguments.holds_dtensors(student, teacher)
+    if sharded:
+        from kdkernels import vocab_parallel  # brings torch.distributed
+
+        student = vocab_parallel.with_columns(student)
     arguments.check_side("student", student)
     DistillationLoss(divergence, backend=backend, **{k: v for k, v in options.items() if k not in PER_CALL})
     student = arguments.under_autocast(student)
     kernel = divergences.get(divergence).kernel().name
     call = (student.device, student.dtype, kernel, isinstance(teacher, SparseLogits))
+    if sharded:
+        return Explanation(vocab_parallel.serving_backend(backend, *call), vocab_parallel.survey(*call))
     return Explanation(backends.choose(backend, *call), backends.survey(*call))

@@ -147,7 +147,7 @@ def prepare(student: Any, teacher: Any, divergence: Any, asked: Options) -> Loca
     arguments.check_switches(shift=asked.shift, inplace=asked.inplace, return_stats=asked.return_stats)
     student, teacher = (arguments.under_autocast(localize(x)) for x in (student, teacher))
     arguments.check_not_transformed(student)
-    arguments.check_pair(_with_columns(student), _with_columns(teacher), 1)
+    arguments.check_pair(with_columns(student), with_columns(teacher), 1)
     leading, device = student.shape[:-1], student.device
     arguments.check_tokens(leading, device, asked.labels, asked.token_weights, asked.shift, asked.ce_weight)
     kernel = divergences.get(divergence).kernel()
@@ -159,7 +159,7 @@ def prepare(student: Any, teacher: Any, divergence: Any, asked: Options) -> Loca
     return local
 
 
-def _with_columns(side: Any) -> Any:
+def with_columns(side: Any) -> Any:
     """A stand-in with one column for an empty shard, which is no error here."""
     if isinstance(side, LinearLogits) and side.weight.shape[0] == 0:
         bias = None if side.bias is None else side.bias.new_empty(1)
@@ -170,17 +170,28 @@ def _with_columns(side: Any) -> Any:
 
 
 def serving_backend(requested: str, device: torch.device, dtype: torch.dtype, kernel: str, sparse: bool = False) -> str:
-    """The backend that computes the parts of a row in shards: that of whole rows, or "eager" where it has no parts."""
+    """The backend that computes the parts of a row in shards; an explicit choice that cannot is an error."""
     name = backends.choose(requested, device, dtype, kernel, sparse)
-    why = why_not_shards(name, dtype, kernel, sparse)
+    why = _why_no_parts(name, dtype, kernel, sparse)
     if not why:
         return name
     if requested != "auto" or os.environ.get("KDKERNELS_BACKEND", "auto") not in ("", "auto"):
         fail(ValueError, "backend", repr(name), "a backend that can serve this call", f"{why}; use backend='auto'")
-    return "eager"
+    return next(verdict.backend for verdict in survey(device, dtype, kernel, sparse) if verdict.serves)
 
 
-def why_not_shards(name: str, dtype: torch.dtype, kernel: str, sparse: bool) -> str:
+def survey(device: torch.device, dtype: torch.dtype, kernel: str, sparse: bool = False) -> list[backends.Verdict]:
+    """`backends.survey` for rows in shards."""
+    found = []
+    for verdict in backends.survey(device, dtype, kernel, sparse):
+        why = _why_no_parts(verdict.backend, dtype, kernel, sparse) if verdict.serves else verdict.reason
+        found.append(
+            backends.Verdict(verdict.backend, not why, why or f"{verdict.reason}, the parts of a row in shards")
+        )
+    return found
+
+
+def _why_no_parts(name: str, dtype: torch.dtype, kernel: str, sparse: bool) -> str:
     """Why a backend that serves whole rows has no parts of rows in shards; "" where it has."""
     if name == "eager":
         return ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -70,6 +72,28 @@ def test_explain_gives_a_reason_for_each_backend() -> None:
     assert text.startswith(f"backend: {explanation.backend}\n")
     assert all(name in text for name in backends.BACKENDS)
     assert kd.explain(linear(4, 5, 11, torch.bfloat16)).backend == explanation.backend
+
+
+def test_explain_of_rows_in_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which backends have the parts of a row, and why the others are passed over."""
+    monkeypatch.delenv("KDKERNELS_BACKEND", raising=False)
+    student, group = pair("ordinary", 4, 11, torch.float32)[0], SimpleNamespace(group_name="tp")
+    best = "cpp" if native.available() else "eager"
+    assert kd.explain(student, group=group).backend == best
+    assert kd.explain(student[:, :0], group=group).backend == best
+    cases = [
+        (student, None, "adaptive_kl", "adaptive KL over vocabulary shards is plain torch"),
+        (student, kd.compress(student, 3), "jsd", "a sparse teacher over vocabulary shards is plain torch"),
+        (student.double(), None, "jsd", "no float64"),
+    ]
+    for logits, teacher, divergence, reason in cases:
+        explanation = kd.explain(logits, teacher, divergence, group=group)
+        assert explanation.backend == "eager"
+        if native.available():
+            assert reason in str(explanation)
+            assert kd.explain(logits, teacher, divergence).backend == "cpp"
+            with pytest.raises(ValueError, match=reason):
+                kd.explain(logits, teacher, divergence, group=group, backend="cpp")
 
 
 def test_other_devices_get_what_serves_them() -> None:
