@@ -122,3 +122,31 @@ def test_what_is_refused() -> None:
     broken.ids[0, 0] = 0
     with pytest.raises(ValueError, match=r"log_probs\[0, 0\]"):
         broken.encode()
+
+
+def test_operators() -> None:
+    """Torch's own checks, with sizes that only the content tells; and a graph that holds both."""
+    given = sparse(6)
+    columns = [numbers(6), numbers(6).double()]
+    arguments = (given.ids, given.log_probs, given.log_tail, columns, ["entropy", "log_tail@2.0"], 301, 32)
+    data = torch.ops.kdkernels.encode_topk(*arguments)
+    torch.library.opcheck(torch.ops.kdkernels.encode_topk.default, arguments)
+    torch.library.opcheck(torch.ops.kdkernels.decode_topk.default, (data,))
+
+    def both(ids: Tensor, log_probs: Tensor, log_tail: Tensor) -> tuple[Tensor, Tensor]:
+        block = torch.ops.kdkernels.encode_topk(ids, log_probs + 0.0, log_tail, [], [], 301, 32)
+        back = torch.ops.kdkernels.decode_topk(block)
+        return block.sum(dtype=torch.int64), back[1].exp().sum(-1) + back[2].exp()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    for one, other in zip(both(*arguments[:3]), compiled(*arguments[:3]), strict=True):
+        assert torch.equal(one, other)
+    torch._dynamo.reset()
+
+
+def test_operators_refuse_what_the_codec_refuses() -> None:
+    data = sparse(6).encode().data.clone()
+    data[70] ^= 4
+    with pytest.raises(CodecError, match="checksum"):
+        torch.ops.kdkernels.decode_topk(data)

@@ -44,6 +44,35 @@ def test_compiled(mode: str, fused: bool) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
+def test_compiled_by_inductor() -> None:
+    """A model, the loss and its backward as generated code; a second call with more rows."""
+    backend = "cpp" if native.LIBRARY.is_file() else "eager"
+    torch._dynamo.reset()
+    weight = torch.randn(140, 16, generator=torch.Generator().manual_seed(0))
+
+    def loss(x: Tensor, ids: Tensor, log_probs: Tensor, log_tail: Tensor) -> Tensor:
+        given = kd.SparseLogits(ids, log_probs, log_tail, 140, 2.0)
+        logits = torch.nn.functional.gelu(x) @ weight.t()
+        return kd.distillation_loss(logits, given, "jsd", temperature=2.0, backend=backend) * 3
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="inductor")
+    for rows in (6, 9):
+        teacher = keep(pair("ordinary", rows, 140, torch.float32)[1], 12, 2.0)
+        x = torch.randn(rows, 16, generator=torch.Generator().manual_seed(rows))
+        results = []
+        for function in (loss, compiled):
+            leaf = x.clone().requires_grad_()
+            value = function(leaf, teacher.ids, teacher.log_probs, teacher.log_tail)
+            value.backward()
+            assert leaf.grad is not None
+            assert leaf.grad.norm() > 0.01
+            results.append((value.detach(), leaf.grad))
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-6)
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("name", ["sparse", "linear_sparse"])
 def test_opcheck(name: str) -> None:
     backend = "cpp" if native.LIBRARY.is_file() else "eager"

@@ -1,20 +1,21 @@
 """`EncodedLogits`: a `SparseLogits` packed into few bytes, for users of PyTorch.
 
-Plain functions on tensors, not registered operators: a block's length follows from its content, so neither
-torch.compile nor autograd has anything to do with it. Tensors reach the codec as numpy views, without a copy.
+The work is that of the operators ``kdkernels::encode_topk`` and ``decode_topk`` (`kdkernels.ops.codec`): on the CPU,
+tensors on a GPU are copied there first. CPU tensors reach the codec as numpy views, without a copy.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from kdkernels._checks import fail
 from kdkernels.compression import codec
+from kdkernels.ops import codec as _operators  # noqa: F401  registers them
 
 if TYPE_CHECKING:
     from kdkernels.sparse_logits import SparseLogits
@@ -67,18 +68,18 @@ class EncodedLogits:
         """
         from kdkernels.sparse_logits import SparseLogits
 
-        block = self.data.cpu().numpy()
-        facts, rows = codec.inspect(block, verify=False), codec.decode(block)
-        if facts.rows != int(np.prod(self.shape)):
+        facts = codec.inspect(self.data.cpu().numpy(), verify=False)
+        if facts.rows != math.prod(self.shape):
             fail(ValueError, "shape", list(self.shape), f"that of the block's {facts.rows} rows")
+        ids, log_probs, log_tail, further = torch.ops.kdkernels.decode_topk(self.data)
 
-        def tensor(x: codec.Int32 | codec.Float32) -> Tensor:
-            return torch.from_numpy(x.reshape((*self.shape, *x.shape[1:]))).to(device)
+        def shaped(x: Tensor) -> Tensor:
+            return x.reshape((*self.shape, *x.shape[1:])).to(device)
 
-        columns = {name: tensor(x) for name, x in rows.columns.items()}
+        columns = {name: shaped(x) for name, x in zip(facts.columns, further, strict=True)}
         tails = {float(name[len(TAIL) :]): x for name, x in columns.items() if name.startswith(TAIL)}
         return SparseLogits(
-            tensor(rows.ids), tensor(rows.log_probs), tensor(rows.log_tail),
+            shaped(ids), shaped(log_probs), shaped(log_tail),
             facts.vocab_size, self.temperature, self.kind, columns.get(ENTROPY), tails,
         )  # fmt: skip
 
@@ -91,20 +92,11 @@ def columns_of(sparse: SparseLogits) -> dict[str, Tensor]:
 
 def encode(sparse: SparseLogits, bits: int | None = None) -> EncodedLogits:
     """What `SparseLogits.encode` does: docstring there."""
-
-    def numbers(x: Tensor) -> codec.Float32:
-        array: codec.Float32 = x.detach().float().cpu().numpy().reshape(-1)
-        return array
-
-    width = sparse.ids.shape[-1]
-    rows = sparse.ids.numel() // width if width else sparse.log_tail.numel()
-    block = codec.encode(
-        sparse.ids.cpu().numpy().reshape(rows, width),
-        numbers(sparse.log_probs).reshape(rows, width),
-        numbers(sparse.log_tail),
-        vocab_size=sparse.vocab_size,
-        bits=codec.USUAL_BITS[sparse.kind] if bits is None else bits,
-        columns={name: numbers(x) for name, x in columns_of(sparse).items()},
-    )
-    data = torch.frombuffer(bytearray(block), dtype=torch.uint8)
+    width, rows = sparse.ids.shape[-1], sparse.log_tail.numel()
+    columns = columns_of(sparse)
+    data = torch.ops.kdkernels.encode_topk(
+        sparse.ids.reshape(rows, width), sparse.log_probs.reshape(rows, width), sparse.log_tail.reshape(rows),
+        [x.reshape(rows) for x in columns.values()], list(columns), sparse.vocab_size,
+        codec.USUAL_BITS[sparse.kind] if bits is None else bits,
+    )  # fmt: skip
     return EncodedLogits(data, tuple(sparse.ids.shape[:-1]), sparse.temperature, sparse.kind)
