@@ -163,7 +163,8 @@ class EndpointChat:
             raise _Passing(f"what it sent is no answer ({type(error).__name__})") from None
 
     def _refused(self, error: Any) -> NoReturn:
-        status, text = error.status_code, self._redact(str(error.message))
+        status = error.status_code
+        text = self._redact(str(error.message).removeprefix(f"Error code: {status} - "))
         if (status in _RETRIED or status >= 500) and getattr(error, "code", None) != "insufficient_quota":
             raise _Passing(f"status {status}: {text}", _seconds(error.response.headers.get("retry-after"))) from None
         hints = {401: f"put a valid key into {self.key_env}", 403: f"the key in {self.key_env} may not do this"}
