@@ -135,6 +135,20 @@ def test_every_divergence_and_temperature(
         oracle.check(student, teacher, divergence, backend="triton", temperature=temperature)
 
 
+@pytest.mark.sample(1)
+@pytest.mark.parametrize("gap", [12, 40, 80])
+def test_rows_whose_largest_logits_come_late(gap: float, served: Serve) -> None:
+    """In the last of several tiles, far above what the first sweep has taken for a reference."""
+    served()
+    student, teacher = cases.pair("ordinary", 3, 1500, torch.float32)
+    late = gap + torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(gap))
+    student[:, 1000:1004], teacher[:, 1000:1004] = late
+    for divergence in ("forward_kl", "jsd"):
+        oracle.check(
+            student, teacher, divergence, backend="triton", labels=torch.tensor([1000, 1002, 7]), ce_weight=1.0
+        )
+
+
 @pytest.mark.parametrize("vocab", [1, 2, 7, 8, 127, 128, 129, 1023, 1024, 1025, 4104])
 @pytest.mark.parametrize("dtype", LOW_AND_FULL, ids=ids)
 def test_tails_labels_weights_and_statistics(dtype: torch.dtype, vocab: int, served: Serve) -> None:

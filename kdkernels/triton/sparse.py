@@ -7,8 +7,8 @@ walking along the sorted ids costs every thread 13 for each of them, in all 92 a
 128256.
 
 The first sweep takes the largest logit of the first tile for a reference, as the dense kernel does; a row for which
-that fails (all of the tile kept, NaN, a span of 87 nats) is swept again with the largest of all. The gradient's sweep
-writes what entries outside get; the kept ones are then written over.
+that fails (all of the tile kept, NaN, a largest logit 28 nats further up) is swept again with the largest of all. The
+gradient's sweep writes what entries outside get; the kept ones are then written over.
 """
 
 # mypy: disable-error-code="no-untyped-def, import-untyped, no-untyped-call, index, call-overload, operator, arg-type"
@@ -24,6 +24,7 @@ from kdkernels.triton.dense import label_loss, row_arguments, row_counts, store_
 from kdkernels.triton.gradients import put
 from kdkernels.triton.kept import GHOST, RENORMALIZE, TRUNCATE, compare_kept, gather_kept, scatter_kept, sum_kept
 from kdkernels.triton.rows import (
+    FAR,
     FILL,
     INFINITY,
     LN_2,
@@ -164,7 +165,7 @@ def split_student(
     where x is relative to the reference times c, rounded; kept: the same without the last."""
     ids, log_probs, _tail, kept, bits, count = teacher
     others, tops = sum_others(student, span, bits, 0.0, c, False, COLD, STATS, FORM_S, LAYOUT, ROWS, VEC)
-    if ((others[1] > 0) & (others[1] < INFINITY) & (others[2] < INFINITY)) == 0:
+    if ((others[1] > 0) & (others[1] < FAR) & (others[2] < FAR)) == 0:
         most = others_top(student, span, bits, FORM_S, LAYOUT, ROWS, VEC)
         others, tops = sum_others(student, span, bits, tl.where(most == -INFINITY, 0.0, most), c, True, COLD, STATS,
                                   FORM_S, LAYOUT, ROWS, VEC)  # fmt: skip

@@ -16,6 +16,7 @@ import triton.language as tl
 from kdkernels.triton.forms import FURTHEST, POWERS
 from kdkernels.triton.rows import (
     DOUBTFUL,
+    FAR,
     FILL,
     FORWARD,
     HOPELESS,
@@ -88,12 +89,12 @@ def first_sweep(
     CARRY: tl.constexpr, COLD: tl.constexpr, STATS: tl.constexpr, FORM_S: tl.constexpr, FORM_T: tl.constexpr,
     LAYOUT: tl.constexpr, ROWS: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """One sweep with the maximum of the first tile for a reference: any later maximum less than 87 nats above it is as
-    good, as float32 keeps its digits from 2^-126 to 2^127; a row for which that fails has sums that are not finite.
+    """One sweep with the maximum of the first tile for a reference: a later maximum somewhat above it is as good, as
+    float32 keeps its digits from 2^-126 to 2^127.
 
-    Returns whether the row is fine (no masked entries, no NaN), (reference, R, sum) of both sides, the cross term, the
-    sum at temperature 1, the sums of e x for entropies and, for the largest logits, the first tiles that hold them.
-    The square of x_t - x_s goes to infinity for a logit that is finite but hopeless.
+    Returns whether the row is fine (no masked entries, no NaN, no sum above `FAR`), (reference, R, sum) of both sides,
+    the cross term, the sum at temperature 1, the sums of e x for entropies and, for the largest logits, the first tiles
+    that hold them. The square of x_t - x_s goes to infinity for a logit that is finite but hopeless.
     """
     o = tile(ROWS, VEC, LAYOUT)
     size: tl.constexpr = ROWS * VEC
@@ -125,7 +126,7 @@ def first_sweep(
         cold = tl.sum(acc[4], 0)
     if STATS:
         heat = tl.reduce((acc[5], acc[6]), 0, add2)
-    fine = (tl.abs(cross) + spread + sum_s + sum_t + cold) < INFINITY
+    fine = ((tl.abs(cross) + spread) < INFINITY) & ((sum_s + sum_t + cold) < FAR)
     tops = (acc[7], acc[8], acc[9], acc[10])
     return fine, (m_s, m_s * c, sum_s), (m_t, m_t * c, sum_t), cross, cold, heat, tops
 
