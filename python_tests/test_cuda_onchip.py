@@ -97,6 +97,18 @@ def test_tails_and_rows_that_do_not_count(
               temperature=1.0 + spare, temperature_scaling="t2")  # fmt: skip
 
 
+@pytest.mark.parametrize("gap", [12, 40, 80])
+def test_rows_whose_largest_logits_come_late(gap: float, served: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Far above what the warps have taken for a reference."""
+    emulator = served()
+    with_clusters(monkeypatch, 1)
+    student, teacher = cases.pair("ordinary", 3, 9000, torch.float32)
+    late = gap + torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(gap))
+    student[:, 7000:7004], teacher[:, 7000:7004] = late
+    for divergence in DIRECTIONS:
+        check(emulator, student, teacher, divergence)
+
+
 def test_rows_with_gaps_between_them(served: Serve) -> None:
     emulator = served()
     for dtype in DTYPES:

@@ -8,10 +8,10 @@
 // while the row before is finished. Blocks meet once a row, when every warp has written its sums into the
 // shared memory of all blocks.
 //
-// Arithmetic: see kdkernels/triton/rows.py. x = z c - R with R = reference * c, any reference within 87 nats
-// of the maximum will do, so that each warp takes the maximum of what it reads first. Rows with masked
-// entries, NaN or infinity show in the sums and are done again at leisure, from shared memory; so is the sum
-// of a divergence below 1e-3 nats.
+// Arithmetic: see kdkernels/triton/rows.py. x = z c - R with R = reference * c, any reference within 28 nats
+// of the maximum will do, so that each warp takes the maximum of what it reads first. Rows for which it does
+// not, or with masked entries, NaN or infinity, show in the sums and are done again at leisure, from shared
+// memory; so is the sum of a divergence below 1e-3 nats.
 #pragma once
 #include "onchip_device.cuh"
 
@@ -26,6 +26,7 @@ constexpr int kRecord = 5;                 // numbers that a warp tells the othe
 constexpr float kFill = -1e30f;  // stands where there is no entry: no mass, and the same on both sides
 constexpr float kMasked = -1e4f, kHopeless = -1e20f;
 constexpr float kSmall = 1e-3f;
+constexpr float kFar = 0x1p40f;  // of a sum: its reference lies 28 nats too low, and logarithms lose digits
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 // Dynamic shared memory of a block: stages and their mbarriers, and two records of every warp of the cluster.

@@ -209,7 +209,7 @@ struct Row {
       tail_s = kFill, tail_t = kFill;
     }
     const Sums x = sums();
-    if (!(fabsf(x.cross) + x.spread + x.s + x.t < INFINITY)) return careful();
+    if (!(fabsf(x.cross) + x.spread < INFINITY && x.s + x.t < kFar)) return careful();
     const float log_s = logf(x.s), log_t = logf(x.t);
     float d =
         D == kForward ? fmaf(x.cross / x.t, kLn2, log_s - log_t) : fmaf(x.cross / x.s, -kLn2, log_t - log_s);
