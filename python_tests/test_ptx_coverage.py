@@ -215,7 +215,18 @@ def test_atomics_across_programs(emulator: Emulator) -> None:
     assert (out.sort().values == places).all()
 
 
-def test_tensor_cores_are_refused(emulator: Emulator) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_tensor_cores_of_warps(dtype: torch.dtype) -> None:
+    """Triton's product for sm_80: ldmatrix, plain and transposed, and mma."""
+    emulator = Emulator(80)
+    x, out = normal(64 * 64).view(64, 64).to(dtype), torch.empty(64, 64)
+    start(emulator, tensor_core, X=x, OUT=out, N=64)
+    assert {"ldmatrix", "mma"} <= {name.split(".")[0] for name in emulator.reports[0].by_opcode()}
+    close(out, x.double() @ x.double(), 1e-5)
+
+
+@pytest.mark.parametrize("target", [90, 100])
+def test_tensor_cores_of_more_than_a_warp_are_refused(target: int) -> None:
     x = normal(64 * 64).view(64, 64).half()
-    with pytest.raises(Unsupported, match=r"mma|ldmatrix|tcgen"):
-        start(emulator, tensor_core, X=x, OUT=torch.empty(64, 64), N=64)
+    with pytest.raises(Unsupported, match=r"wgmma|tcgen"):
+        start(Emulator(target), tensor_core, X=x, OUT=torch.empty(64, 64), N=64)

@@ -36,8 +36,9 @@ PTX as a kernel: `ptx.snippet`.
 What it is not: counts are of PTX, not of the machine code that ptxas makes of it, and ptxas may contract a `mul` and an
 `add` without `.rn` that are executed apart here. Lanes of a warp are in step, and warps interleave only where branches
 and barriers make them: races are found by the check on shared memory, not by chance, and not in global memory. There
-are no caches: sectors are those that warps ask for. Tensor cores, tensor copies, textures, named barriers and calls are
-refused.
+are no caches: sectors are those that warps ask for. Of tensor cores it has what one warp uses (mma.sync of 16-bit
+numbers, ldmatrix); those of a warpgroup (wgmma) and of Blackwell (tcgen05), tensor copies, textures, named barriers and
+calls are refused. The package's own kernels multiply no matrices: heads are torch's GEMMs.
 
 Modules: parser (text to instructions), memory and shared (state spaces and their faults), traffic (sectors, banks),
 rounding and approximate (numerics), lanes (threads and registers), executor (divergence and barriers), instructions/

@@ -14,5 +14,6 @@ from . import (  # noqa: F401
     mbarrier,
     moves,
     special,
+    tensor,
     warp,
 )
