@@ -94,7 +94,7 @@ def mean_intervals(
         centre = values.mean(0)
         whole += (centre + (replicates - centre) * math.sqrt(clusters / (clusters - 1))) / len(groups)
         freedom += clusters - 1
-    if any(len(values) < 2 for values in groups.values()):
+    if not groups or any(len(values) < 2 for values in groups.values()):
         return found, [None] * columns
     tail = NormalDist().cdf(-student_quantile((1 + level) / 2, freedom))
     low, high = np.quantile(whole, [tail, 1 - tail], axis=0)

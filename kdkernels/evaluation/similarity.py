@@ -227,7 +227,8 @@ def _turns(prompts: Sequence[Prompt], names: Sequence[str]) -> list[list[str]]:
 
 def _answers(name: str, i: int, value: Any, turns: int) -> list[str | None]:
     """One answer a turn. A missing conversation is None as a whole; an empty reference is a missing one."""
-    answers = [value] * turns if value is None else [value] if isinstance(value, str) else list(value)
+    listed = isinstance(value, (list, tuple))
+    answers: list[Any] = [value] * turns if value is None else list(value) if listed else [value]
     if len(answers) != turns or not all(a is None or isinstance(a, str) for a in answers):
         raise UserError(
             f"{name}[{i}] is {value!r}; allowed: a text for each of its {turns} turns, or None where missing"
