@@ -1,4 +1,4 @@
-"""The command line: `kdkernels info | distill | cache | evaluate | bench`.
+"""The command line: `kdkernels info | distill | cache | generate | evaluate | bench`.
 
 Nothing heavy is imported before a command needs it. Wrong input ends with one line on stderr and exit status 2; an
 interrupted run with 128 plus the signal's number, its state saved.
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from kdkernels import cache_cli, evaluate_cli
+    from kdkernels import cache_cli, evaluate_cli, generate_cli
     from kdkernels.trainers.config import GROUPS, DistillConfig
 
     parser = _Parser(
@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_options(distill, DistillConfig(), GROUPS)
     distill.set_defaults(run=_distill)
     cache_cli.add_parser(commands, _add_options)
+    generate_cli.add_parser(commands)
     evaluate_cli.add_parser(commands)
     bench = commands.add_parser("bench", help="run the benchmarks of a checkout", add_help=False)
     bench.set_defaults(run=_bench)

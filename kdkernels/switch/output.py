@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -100,6 +101,27 @@ class SwitchOutput:
                 **{name: _by_position(x) for name, x in columns.items()},
             },
         }
+
+
+def merged(outputs: Sequence[SwitchOutput], pad_token_id: int) -> SwitchOutput:
+    """Batches as one: prompts padded on the left, responses behind their end."""
+    prompt = max(out.prompt_length for out in outputs)
+    steps = max(out.from_teacher.shape[1] for out in outputs)
+    rows: dict[str, list[Tensor]] = {}
+    for out in outputs:
+        left, right = prompt - out.prompt_length, steps - out.from_teacher.shape[1]
+        sides = {"sequences": (left, right, pad_token_id), "prompt_mask": (left, 0, 0), "from_teacher": (0, right, 0)}
+        for item in fields(SwitchOutput):
+            value = getattr(out, item.name)
+            if isinstance(value, Tensor):
+                before, behind, fill = sides.get(item.name, (0, right, torch.nan))
+                value = torch.nn.functional.pad(value, (before, behind), value=fill) if value.dim() == 2 else value
+                rows.setdefault(item.name, []).append(value)
+    whole: dict[str, Any] = {name: torch.cat(parts) for name, parts in rows.items()}
+    whole.update(
+        {name: sum(getattr(out, name) for out in outputs) for name in ("student_forwards", "teacher_forwards")}
+    )
+    return SwitchOutput(**whole)
 
 
 def _mean(x: Tensor) -> float | None:

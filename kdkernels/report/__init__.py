@@ -1,0 +1,1 @@
+"""Pages that show what models do: one self-contained HTML file each."""
