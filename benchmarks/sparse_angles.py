@@ -36,7 +36,7 @@ class Setting(NamedTuple):
 
 SETTINGS = (
     *(Setting(mode, k) for k in (12, 64, 256) for mode in ("truncate", "renormalize", "ghost")),
-    *(Setting("sampled", n) for n in (12, 25, 50, 100, 400)),
+    *(Setting("sampled", n) for n in (12, 31, 50, 100, 400)),
 )
 
 
