@@ -56,7 +56,8 @@ def rate_intervals(
     None below two clusters. Where every answer hits or none does, drawing again shows no spread: then the exact
     binomial interval with each cluster as one observation stands, as if all answers of a cluster were one.
     """
-    hits = np.asarray(hits, dtype=np.float64).reshape(len(counts), -1)
+    hits = np.asarray(hits, dtype=np.float64)
+    hits = hits[:, None] if hits.ndim == 1 else hits
     counts = np.asarray(counts, dtype=np.float64)
     hits, counts = hits[counts > 0], counts[counts > 0]
     clusters = len(counts)
