@@ -7,8 +7,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-WIDTH, HEIGHT = 720, 220
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 10, 30
+WIDTH, HEIGHT = 520, 190
+_LEFT, _RIGHT, _TOP, _BOTTOM = 36, 8, 8, 28
 
 
 @dataclass(frozen=True)
@@ -51,29 +51,36 @@ def chart(caption: str, curves: Sequence[Curve], x_label: str, bounds: tuple[flo
     low, high = bounds or (min(known, default=0.0), max(known, default=1.0))
     if high <= low:
         low, high = low - 0.5, low + 0.5
+    step = _round_step(high - low, 4)
+    if bounds is None:
+        low, high = math.floor(low / step) * step, math.ceil(high / step) * step
     frame = _Frame(max([len(c.values) for c in curves], default=1) - 1, low, high)
-    inside = "".join([*_axes(frame, x_label), *(part for c in curves for part in _drawn(c, frame))])
+    ticks = [low + i * step for i in range(round((high - low) / step) + 1)]
+    inside = "".join([*_axes(frame, ticks, x_label), *(part for c in curves for part in _drawn(c, frame))])
     legend = " ".join(
         f'<span style="color:var(--c{c.colour})">{"┄" if c.dashed else "━"} {html.escape(c.name)}</span>'
         for c in curves
     )
     return (
         f"<figure><figcaption>{html.escape(caption)} {legend}</figcaption>"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(caption)}" font-size="11" '
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(caption)}" font-size="10" '
         f'font-family="system-ui, sans-serif">{inside}</svg></figure>'
     )
 
 
-def _axes(frame: _Frame, x_label: str) -> list[str]:
+def _round_step(span: float, parts: int) -> float:
+    """1, 2 or 5 times a power of ten: about ``parts`` of them make ``span``."""
+    power = 10.0 ** math.floor(math.log10(span / parts))
+    return next(power * m for m in (1, 2, 5, 10) if span / (power * m) <= parts * 1.5)
+
+
+def _axes(frame: _Frame, ticks: Sequence[float], x_label: str) -> list[str]:
     parts = []
-    for i in range(5):
-        value = frame.low + (frame.high - frame.low) * i / 4
+    for value in ticks:
         y = frame.y(value)
         parts.append(f'<line x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--line)"/>')
-        parts.append(_text(_LEFT - 6, y + 4, f"{value:.3g}", "end"))
-    step = max(1, 10 ** math.floor(math.log10(max(frame.last, 1))))
-    step = next(s for s in (step // 5 or 1, step // 2 or 1, step, 2 * step) if frame.last / s <= 10)
-    for at in range(0, frame.last + 1, step):
+        parts.append(_text(_LEFT - 6, y + 4, f"{round(value, 9):g}", "end"))
+    for at in range(0, frame.last + 1, max(1, round(_round_step(max(frame.last, 1), 6)))):
         parts.append(_text(frame.x(at), HEIGHT - _BOTTOM + 14, str(at), "middle"))
     parts.append(_text(WIDTH - _RIGHT, HEIGHT - 2, x_label, "end"))
     return parts
