@@ -42,7 +42,7 @@ def in_shards(
     return sums[:, 0], torch.cat(pieces, 1), stats, places.gather(0, best[None])[0]
 
 
-@pytest.mark.parametrize("kind", ["ordinary", "masked", "finfo_min_student", "one_hot"])
+@pytest.mark.parametrize("kind", ["ordinary", "masked", "finfo_min_student", "one_hot", "shifted"])
 @pytest.mark.parametrize("kernel", ["forward_kl", "jsd"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_shards_give_what_the_whole_row_gives(

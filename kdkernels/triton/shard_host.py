@@ -6,6 +6,7 @@ adds ``[N, 2]`` over ranks. Everything else is local. The spec's ``vocab`` is th
 
 from __future__ import annotations
 
+import ctypes
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -87,8 +88,9 @@ def _merge_side(tops: Tensor, sums: Tensor, heats: Tensor, c: float) -> tuple[Te
 
 
 def _natural(top: Tensor, total: Tensor, per_t: float) -> tuple[Tensor, Tensor]:
-    """(K, r) in float64; NaN for a sum that is none."""
-    exact = top * per_t + torch.where((total > 0) & (total < torch.inf), total, torch.nan).log()
+    """(K, r) in float64, for the float32 nearest to ``per_t``, by which the kernels multiply; NaN for a sum that is
+    none."""
+    exact = top * ctypes.c_float(per_t).value + torch.where((total > 0) & (total < torch.inf), total, torch.nan).log()
     rounded = exact.float().double()
     return rounded, exact - rounded
 
