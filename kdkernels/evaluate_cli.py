@@ -122,16 +122,18 @@ def _rse(arguments: argparse.Namespace) -> int:
         if file:
             rows = records.with_answers(rows, side, file)
         if model and any(getattr(row, side) is None for row in rows):
+            chat = _chat(model, arguments, side)
             with _bar(f"{side}s", arguments.quiet) as progress:
-                rows = records.generate(rows, side, _chat(model, arguments, side), progress)
+                rows = records.generate(rows, side, chat, progress)
         if all(getattr(row, side) is None for row in rows):
             flag = "--reference-model" if side == "reference" else "--model"
             raise UserError(f"no prompt has a {side}; give it in --data, by --{side}s FILE, or by {flag}")
     records.write_records(output / "answers.jsonl", rows)
+    judge = _judge(arguments)
     with _bar("judged", arguments.quiet) as progress:
         result = response_similarity(
             [row.prompt for row in rows], [row.reference for row in rows], [row.response for row in rows],
-            _judge(arguments), datasets=[row.dataset for row in rows], ids=[row.id for row in rows],
+            judge, datasets=[row.dataset for row in rows], ids=[row.id for row in rows],
             level=arguments.level, resamples=arguments.resamples, seed=arguments.seed, progress=progress,
         )  # fmt: skip
     result.save(output / "rse.json")
@@ -144,10 +146,11 @@ def _ice(arguments: argparse.Namespace) -> int:
     from kdkernels.evaluation.identity import identity_consistency
 
     output = Path(arguments.output)
+    model, judge = _chat(arguments.model, arguments, "model"), _judge(arguments)
     helper = _chat(arguments.helper, arguments, "helper") if arguments.helper else None
     with _bar("answers", arguments.quiet) as progress:
         result = identity_consistency(
-            _chat(arguments.model, arguments, "model"), arguments.facts, judge=_judge(arguments), helper=helper,
+            model, arguments.facts, judge=judge, helper=helper,
             questions=arguments.questions, templates=arguments.templates, sources=arguments.sources,
             suspected=arguments.suspected, language=arguments.language, budget=arguments.budget,
             search=arguments.search, seed=arguments.seed, transcript=output / "transcript.jsonl",
