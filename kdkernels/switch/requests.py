@@ -16,7 +16,7 @@ from kdkernels._checks import fail
 class Tokens:
     """Ids that end a row, and the id behind its end."""
 
-    stops: Tensor
+    stops: frozenset[int]
     pad: int
 
 
@@ -136,9 +136,7 @@ def uniforms_for(
     return numbers.to(device).t().contiguous().t()
 
 
-def tokens_for(
-    student: Any, teacher: Any, eos: int | Sequence[int] | None, pad: int | None, vocab: int, device: torch.device
-) -> Tokens:
+def tokens_for(student: Any, teacher: Any, eos: int | Sequence[int] | None, pad: int | None, vocab: int) -> Tokens:
     """Stop tokens: those given, else those of both models' generation configs; and the padding."""
     configs = [getattr(m, "generation_config", None) for m in (student, teacher)]
     if eos is None:
@@ -153,7 +151,7 @@ def tokens_for(
         pad = next((i for i in (*known, *stops) if 0 <= i < vocab), 0)
     elif isinstance(pad, bool) or not isinstance(pad, int) or not 0 <= pad < vocab:
         fail(ValueError, "pad_token_id", repr(pad), f"an id in 0 .. {vocab - 1}", "it is fed to both models")
-    return Tokens(torch.tensor(stops, dtype=torch.int64, device=device), pad)
+    return Tokens(frozenset(stops), pad)
 
 
 def _ids(value: int | Sequence[int] | Tensor | None) -> list[int]:
