@@ -19,6 +19,7 @@ from typing import Any
 from kdkernels.errors import UserError
 
 _MODEL = "a folder, a name that transformers knows, endpoint:NAME or endpoint:NAME@URL"
+_WRITTEN = 512  # tokens that a verdict or a template may take, whatever --max-new-tokens says of answers
 
 
 def add_parser(commands: Any) -> None:
@@ -171,11 +172,12 @@ def _judge(arguments: argparse.Namespace) -> Any:
 
 
 def _chat(where: str, arguments: argparse.Namespace, role: str) -> Any:
-    """A model by its flag's value, its replies kept in the output folder."""
+    """A model by its flag's value, its replies kept in the output folder. What judges and helpers write is not cut."""
     from kdkernels.evaluation.chat import Chat
     from kdkernels.evaluation.reply_cache import CachedChat
 
     chat: Chat
+    tokens = max(arguments.max_new_tokens, _WRITTEN if role in ("judge", "helper") else 0)
     if where.startswith("endpoint:"):
         from kdkernels.evaluation.endpoint import EndpointChat
 
@@ -183,7 +185,7 @@ def _chat(where: str, arguments: argparse.Namespace, role: str) -> Any:
         if not name:
             raise UserError(f"{role} is {where!r}; allowed: endpoint:NAME or endpoint:NAME@URL")
         chat = EndpointChat(
-            name, url or None, key_env=arguments.key_env, max_tokens=arguments.max_new_tokens,
+            name, url or None, key_env=arguments.key_env, max_tokens=tokens,
             timeout=arguments.timeout, retries=arguments.retries, concurrency=arguments.concurrency,
             requests_per_minute=arguments.requests_per_minute, tokens_per_minute=arguments.tokens_per_minute,
             prices=tuple(arguments.prices) if arguments.prices else None,
@@ -195,7 +197,7 @@ def _chat(where: str, arguments: argparse.Namespace, role: str) -> Any:
 
         chat = LocalChat.load(
             where, role=role, dtype=getattr(torch, arguments.dtype), device=arguments.device,
-            max_new_tokens=arguments.max_new_tokens, batch_size=arguments.batch_size,
+            max_new_tokens=tokens, batch_size=arguments.batch_size,
         )  # fmt: skip
     return CachedChat(chat, Path(arguments.output) / "replies.sqlite")
 

@@ -251,3 +251,23 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
     assert set(evaluation.__all__) <= set(dir(evaluation))
+
+
+def test_the_blocks_of_the_docs_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import re
+
+    yaml = pytest.importorskip("yaml")
+    page = (Path(__file__).resolve().parent.parent / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    [example] = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert yaml.safe_load(example)["name"] == "Aster"
+    (tmp_path / "facts.yaml").write_text(example)
+    names: dict[str, Any] = {
+        "prompts": PROMPTS, "references": REFERENCES, "responses": RESPONSES, "datasets": SETS,
+        "model": lambda prompt: "I am Qwen.",
+    }  # fmt: skip
+    rse, ice = (b for b in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "similarity" in b or "identity" in b)
+    exec(rse, names)
+    assert SimilarityResult.load("rse.json") == names["result"]
+    exec(ice, names)
+    assert names["result"].strict.value == 1.0
