@@ -74,10 +74,15 @@ demo: $(VENV)/.demo
 demo-ddk: $(VENV)/.demo
 	$(BIN)/python -m demo.ddk
 
-bench: $(VENV)/.rivals
+bench: $(VENV)/.rivals $(VENV)/.demo
 	$(PYTEST) python_tests/test_benchmarks*.py  # rivals are here: none is skipped
 	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.select
+	$(BIN)/python -m benchmarks.sparse
+	$(BIN)/python -m benchmarks.sparse --angles  # the teacher and text of `make demo`
+	$(BIN)/python -m benchmarks.codec --folder runs/demo
 	$(BIN)/python -m benchmarks.cache
+	$(BIN)/python -m benchmarks.targets_cache --write
 
 # Without a GPU: one line and exit status 2, before anything is installed.
 gpu:

@@ -15,6 +15,6 @@
 | `bench_time.py` | the timings, as pytest-benchmark cases |
 | `memory.py` | peak extra memory, one fresh process per case and contestant |
 | `accuracy.py` | errors against float64 |
-| `targets.py` | what must be reached, met or missed |
+| `targets.py`, `targets_cache.py` | what must be reached, met or missed |
 | `run.py`, `report.py`, `plot.py` | the command, the tables, the picture |
 """
