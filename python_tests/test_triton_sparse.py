@@ -201,6 +201,23 @@ def test_memory_that_is_laid_out_otherwise_in_place(
         compare(side, largest(teacher, 33, 1.5), weights(4, labels), spec, inplace=True)
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_gradients_beyond_2_to_the_31_elements(inplace: bool, served: Serve) -> None:
+    """Rows 2^30 entries apart; kept entries are written over what the sweep over the row has left."""
+    served()
+    student, teacher = cases.pair("ordinary", 4, 1000, torch.bfloat16)
+    known, spec = largest(teacher[:, :992], 31), RowSpec("forward_kl", 0.0, 0.0, 1.0, 992, "ghost")
+    made = []
+    for rows in (torch.empty(4, 1000, dtype=torch.bfloat16),
+                 torch.empty(3 * 2**30 + 1000, dtype=torch.bfloat16).as_strided((4, 1000), (2**30, 1))):  # fmt: skip
+        rows.copy_(student if inplace else torch.full_like(student, 7.0))
+        loss = torch.empty(4)
+        sparse_rows_("triton", Side(rows if inplace else student), known, weights(4, None), spec, loss, rows, None)
+        made.append((loss, rows.clone(memory_format=torch.contiguous_format)))
+    assert all(torch.equal(near, far) for near, far in zip(*made, strict=True))
+    assert (made[1][1][[0, 1, 3], :992].float().norm(dim=-1) > 0.01).all()
+
+
 def test_rows_that_are_no_teacher_are_nan(served: Serve) -> None:
     served()
     student, teacher = cases.pair("ordinary", 5, 301, torch.float32)

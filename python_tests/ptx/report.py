@@ -116,6 +116,12 @@ class Report:
                 found[classify(instruction)].add(count.bytes // count.threads)
         return found
 
+    def width_share(self, kind: str, width: int = 16) -> float:
+        """Of the bytes of global accesses of a class ("load", "store"): the share in accesses of that many a thread."""
+        pairs = zip(self.instructions, self.counts, strict=True)
+        counts = [c for i, c in pairs if c.sectors and c.threads and classify(i) == kind]
+        return sum(c.bytes for c in counts if c.bytes == width * c.threads) / sum(c.bytes for c in counts)
+
     def summary(self) -> dict[str, int | float]:
         """The totals."""
         names = "thread_instructions warp_instructions load_sectors store_sectors atomic_sectors special bank_conflicts"
