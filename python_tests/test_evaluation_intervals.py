@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from kdkernels.evaluation.intervals import mean_intervals, rate_intervals, resample, student_quantile
+from kdkernels.evaluation.intervals import mean_intervals, rate_intervals, resampled_sums, student_quantile
 
 
 @pytest.mark.parametrize(
@@ -71,13 +71,16 @@ def test_answers_of_one_template_count_as_alike() -> None:
     assert one == pytest.approx(ten)
 
 
-def test_shares_without_spread_have_an_exact_interval() -> None:
-    zero, full = rate_intervals(np.array([[0, 5]] * 10), np.full(10, 5))
-    assert zero is not None
-    assert full is not None
-    assert zero[0] == 0
-    assert full[1] == 1
-    assert zero[1] == pytest.approx(1 - full[0]) == pytest.approx(1 - 0.025**0.1)  # Clopper and Pearson for 0 of 10
+def test_shares_without_spread_have_wilson_s_interval_of_as_many_observations_as_clusters() -> None:
+    zero, one, half, full = rate_intervals(np.array([[0, 1, 2, 4]] * 10), np.full(10, 4))
+    assert zero == pytest.approx((0.0, 0.2775), abs=1e-4)  # the tables' for 0, 5 and 10 of 10
+    assert half == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert full == pytest.approx((0.7225, 1.0), abs=1e-4)
+    assert one is not None
+    assert one[0] < 0.25 < one[1]
+
+
+def test_edges() -> None:
     assert rate_intervals(np.array([3]), np.array([5])) == [None]
     assert rate_intervals(np.array([3, 0]), np.array([5, 0])) == [None]  # a template without verdicts is none
 
@@ -92,7 +95,7 @@ def test_order_of_clusters_changes_nothing_and_seeds_do() -> None:
 
 def test_large_tables_are_drawn_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kdkernels.evaluation.intervals._CHUNK", 5000)
-    table = resample(np.arange(1e3)[:, None], np.ones(1000), resamples=502, seed=[0])
+    table = resampled_sums(np.arange(1e3)[:, None] / 1e3, resamples=502, seed=[0])
     assert table.shape == (502, 1)
     assert len(np.unique(table)) > 495
     assert table.std() == pytest.approx(1e3 / math.sqrt(12) / math.sqrt(1e3), rel=0.1)

@@ -2,8 +2,9 @@
 
 Answers to one template are alike, so the unit that is drawn again is the template, never the answer. The plain
 percentile interval of C clusters is too narrow by about sqrt((C - 1) / C) and by the normal's thinner tails against
-Student's t; both are put right by taking wider percentiles (Hesterberg 2015, "What Teachers Should Know About the
-Bootstrap", section 5.3: the expanded percentile interval).
+Student's t. Means take wider percentiles for that (Hesterberg 2015, "What Teachers Should Know About the Bootstrap",
+section 5.3: the expanded percentile interval). Shares are skewed besides: theirs are studentised on the arcsine scale,
+which keeps 95 % at shares of 0.05 to 0.6 where wider percentiles fall to 92 %.
 """
 
 from __future__ import annotations
@@ -21,31 +22,30 @@ Interval = tuple[float, float]
 _CHUNK = 1 << 22  # weights at a time: 32 MiB
 
 
-def resample(sums: Array, counts: Array, *, resamples: int, seed: Sequence[int]) -> Array:
-    """Ratios sum(sums) / sum(counts) over clusters drawn with replacement: [resamples, K] from sums [C, K], counts [C].
+def resampled_sums(table: Array, *, resamples: int, seed: Sequence[int]) -> Array:
+    """Column sums over clusters (rows of `table` [C, M]) drawn with replacement: [resamples, M].
 
     Clusters are put into a canonical order first, so that the result does not depend on the one they came in.
     """
-    order = np.lexsort((*sums.T, counts))
-    sums, counts = sums[order], counts[order]
+    table = table[np.lexsort(table.T)]
     generator = np.random.default_rng(list(seed))
-    clusters, found = len(counts), []
+    clusters, found = len(table), []
     left = resamples
     while left:
         rows = min(left, max(_CHUNK // clusters, 1))
         weights = generator.multinomial(clusters, np.full(clusters, 1 / clusters), size=rows)
-        found.append((weights @ sums) / (weights @ counts)[:, None])
+        found.append(weights @ table)
         left -= rows
     return np.concatenate(found)
 
 
-def expanded(replicates: Array, clusters: int, level: float, bounds: Interval) -> list[Interval]:
-    """Per column of `replicates` [R, K] the expanded percentile interval of `clusters` clusters, cut to `bounds`."""
+def expanded(replicates: Array, clusters: int, level: float, bounds: Interval) -> Interval:
+    """The expanded percentile interval of `replicates` [R], means over `clusters` clusters, cut to `bounds`."""
     tail = (1 - level) / 2
     quantile = student_quantile(1 - tail, clusters - 1) * math.sqrt(clusters / (clusters - 1))
     tail = NormalDist().cdf(-quantile)
-    low, high = np.clip(np.quantile(replicates, [tail, 1 - tail], axis=0), *bounds)
-    return [(float(a), float(b)) for a, b in zip(low, high, strict=True)]
+    low, high = np.clip(np.quantile(replicates, [tail, 1 - tail]), *bounds)
+    return float(low), float(high)
 
 
 def rate_intervals(
@@ -53,25 +53,56 @@ def rate_intervals(
 ) -> list[Interval | None]:
     """Intervals of the rates sum(hits) / sum(counts): hits [C, K] and counts [C] by cluster.
 
-    None below two clusters. Where every answer hits or none does, drawing again shows no spread: then the exact
-    binomial interval with each cluster as one observation stands, as if all answers of a cluster were one.
+    None below two clusters. Where all clusters have one rate, drawing again shows no spread: then Wilson's interval
+    with each cluster as one observation stands, as if all answers of a cluster were one.
     """
     hits = np.asarray(hits, dtype=np.float64)
     hits = hits[:, None] if hits.ndim == 1 else hits
     counts = np.asarray(counts, dtype=np.float64)
     hits, counts = hits[counts > 0], counts[counts > 0]
-    clusters = len(counts)
-    if clusters < 2:
+    if len(counts) < 2:
         return [None] * hits.shape[1]
-    replicates = resample(hits, counts, resamples=resamples, seed=[seed])
-    found: list[Interval | None] = list(expanded(replicates, clusters, level, (0.0, 1.0)))
-    edge = ((1 - level) / 2) ** (1 / clusters)
-    for column, total in enumerate(hits.sum(0)):
-        if total == 0:
-            found[column] = (0.0, 1 - edge)
-        elif total == counts.sum():
-            found[column] = (edge, 1.0)
+    table = np.stack([counts, counts**2], axis=1)
+    found: list[Interval | None] = []
+    for column in hits.T:
+        beside = np.stack([column, column**2, column * counts], axis=1)
+        drawn = resampled_sums(np.concatenate([table, beside], axis=1), resamples=resamples, seed=[seed])
+        whole = np.concatenate([table, beside], axis=1).sum(0)[None]
+        found.append(_studentised(whole, drawn, len(counts), level))
     return found
+
+
+def _studentised(whole: Array, drawn: Array, clusters: int, level: float) -> Interval:
+    """The interval of a rate from sums over clusters (n, n^2, h, h^2, h n): once, and drawn again."""
+    [rate], [error] = _arcsine(whole, clusters)
+    if error == 0:
+        return _wilson(math.sin(rate) ** 2, clusters, level)
+    rates, errors = _arcsine(drawn, clusters)
+    away = rates - rate
+    pivots = np.divide(away, errors, out=np.copysign(np.inf, away), where=errors > 0)
+    pivots[away == 0] = 0
+    low, high = np.quantile(pivots, [(1 - level) / 2, (1 + level) / 2], method="nearest")
+    ends = np.clip([rate - high * error, rate - low * error], 0, math.pi / 2)
+    return math.sin(ends[0]) ** 2, math.sin(ends[1]) ** 2
+
+
+def _arcsine(sums: Array, clusters: int) -> tuple[Array, Array]:
+    """arcsin(sqrt(rate)) of each row of sums, and its standard error over clusters (0 where they do not differ)."""
+    n, nn, h, hh, hn = sums.T
+    rate = h / n
+    squares = hh - 2 * rate * hn + rate**2 * nn
+    squares[squares < 1e-9 * hh] = 0  # rounding
+    error = np.sqrt(squares * clusters / (clusters - 1)) / n
+    slope = 2 * np.sqrt(rate * (1 - rate))
+    return np.arcsin(np.sqrt(rate)), np.divide(error, slope, out=np.zeros_like(error), where=slope > 0)
+
+
+def _wilson(rate: float, observations: int, level: float) -> Interval:
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    centre = rate + z * z / 2 / observations
+    half = z * math.sqrt(rate * (1 - rate) / observations + (z / 2 / observations) ** 2)
+    scale = 1 + z * z / observations
+    return max((centre - half) / scale, 0.0), min((centre + half) / scale, 1.0)
 
 
 def mean_intervals(
@@ -90,8 +121,8 @@ def mean_intervals(
         if clusters < 2:
             found[name] = [None] * columns
             continue
-        replicates = resample(values, np.ones(clusters), resamples=resamples, seed=[seed, number])
-        found[name] = [expanded(replicates[:, k : k + 1], clusters, level, bounds[k])[0] for k in range(columns)]
+        replicates = resampled_sums(values, resamples=resamples, seed=[seed, number]) / clusters
+        found[name] = [expanded(replicates[:, k], clusters, level, bounds[k]) for k in range(columns)]
         centre = values.mean(0)
         whole += (centre + (replicates - centre) * math.sqrt(clusters / (clusters - 1))) / len(groups)
         freedom += clusters - 1
