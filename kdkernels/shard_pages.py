@@ -28,7 +28,7 @@ def exchanges_always(device: torch.device) -> bool:
 def agree(ranks: Ranks, local: Local | None, error: Exception | None) -> tuple[list[dict[str, Any]], int]:
     """Every rank's page, and the stamp of `kdkernels.ops.shards.Shard`; raises on every rank where they differ."""
     always = local is None or exchanges_always(local.student.device)
-    page = {"error": f"{type(error).__name__}: {error}"[:900]} if local is None else local.page()
+    page = {"error": _brief(f"{type(error).__name__}: {error}")} if local is None else local.page()
     columns = None if local is None else local.columns
     text = json.dumps({"page": page, "columns": columns}, default=str)
     stamp = zlib.crc32(json.dumps(page, default=str).encode()) % (2**24 - 1) + 1
@@ -40,6 +40,11 @@ def agree(ranks: Ranks, local: Local | None, error: Exception | None) -> tuple[l
     if key not in _known:
         _known[key] = exchange(ranks, text, error, local.student.device)
     return _known[key], stamp
+
+
+def _brief(text: str, most: int = 900) -> str:
+    """At most so many characters, none of which JSON writes in more than one."""
+    return "".join(c if c.isascii() and c.isprintable() and c not in '"\\' else "'" for c in text)[:most]
 
 
 def exchange(ranks: Ranks, text: str, error: Exception | None, device: torch.device | None) -> list[dict[str, Any]]:

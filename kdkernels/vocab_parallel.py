@@ -205,7 +205,7 @@ def _why_no_parts(name: str, dtype: torch.dtype, kernel: str, sparse: bool) -> s
 def _attempt(make: Callable[[], Local]) -> tuple[Local | None, Exception | None]:
     try:
         return make(), None
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # whatever it is, the other ranks must not wait for this one
         return None, error
 
 

@@ -33,6 +33,7 @@ def case_mismatches(world: World) -> None:
     doubled = (student.double(), teacher.double()) if last else (student, teacher)
     refused(ValueError, "dtype", "float64", call=call(*doubled))
     refused(ValueError, "divergence", "forward_kl", call=call(divergence="forward_kl" if last else "jsd"))
+    refused(ValueError, "divergence", call=call(divergence="\u767a\u6563\n" * 900 if last else "jsd"))
     refused(ValueError, "divergence", "0.2", call=call(divergence=kd.JSD(0.2 if last else 0.3)))
     refused(ValueError, "temperature", "2.0", call=call(temperature=2.0 if last else 1.0))
     refused(ValueError, "reduction", "sum", call=call(reduction="sum" if last else "mean"))

@@ -127,6 +127,8 @@ def test_bad_input(model: Any, tmp_path: Path) -> None:
         measure_perplexity(model, {"a": []})
     with pytest.raises(ValueError, match="without a token to judge"):
         measure_perplexity(model, {"a": [{"input_ids": torch.tensor([3])}]})
+    with pytest.raises(ValueError, match=r"datasets\['a'\] = input_ids in \[3, 304\]: .*another tokenizer"):
+        measure_perplexity(model, {"a": [{"input_ids": torch.tensor([3, 304])}]})
     with pytest.raises(ValueError, match="unit"):
         measure_perplexity(model, domains(), unit="bytes")
     with pytest.raises(ValueError, match="batch_size = 0"):

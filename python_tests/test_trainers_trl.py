@@ -105,3 +105,8 @@ def test_they_generate_and_this_scores(tmp_path: Path, words: Any) -> None:
     assert len(losses) == 2
     assert all(0 < loss < 6 for loss in losses)
     assert any(not torch.equal(p, before[name]) for name, p in student.state_dict().items())
+
+
+def test_options_that_would_change_the_loss(tmp_path: Path, words: Any) -> None:
+    with pytest.raises(ValueError, match=r"label_smoothing_factor = 0.1: must be 0"):
+        on_policy(tmp_path, words, Distill, tiny.llama(1), tiny.llama(1), label_smoothing_factor=0.1)

@@ -57,7 +57,8 @@ def measure_perplexity(
         progress: a bar on stderr.
 
     Raises:
-        ValueError: a domain without a token to judge, a likelihood that is not finite, a sample without ``bytes``.
+        ValueError: a domain without a token to judge, ids that the model does not know, a likelihood that is not
+            finite, a sample without ``bytes``.
 
     Source: arXiv 2407.16154, section 3.1.
     """
@@ -139,10 +140,20 @@ class _Meter:
         with _evaluating(self.model):
             for begin in _bar(range(0, len(mine), batch_size), name, progress and ranks.rank == 0):
                 samples = [data[i] for i in mine[begin : begin + batch_size]]
-                sums[:2] += self._judge({k: v.to(self.device) for k, v in self.collate(samples).items()})
+                batch = self.collate(samples)
+                self._check_ids(batch["input_ids"], name)
+                sums[:2] += self._judge({k: v.to(self.device) for k, v in batch.items()})
                 if self.unit == "byte":
                     sums[2] += sum(_bytes(sample, name) for sample in samples)
         return sums
+
+    def _check_ids(self, ids: Tensor, name: str) -> None:
+        known = int(self.model.get_input_embeddings().weight.shape[0])
+        low, high = (int(x) for x in ids.aminmax()) if ids.numel() else (0, 0)
+        if low < 0 or high >= known:
+            remedy = "another tokenizer's ids: give each model its own, and compare them with unit='byte'"
+            given = f"input_ids in [{low}, {high}]"
+            fail(ValueError, f"datasets[{name!r}]", given, f"ids in [0, {known}), as the model's embeddings", remedy)
 
     def _judge(self, batch: dict[str, Tensor]) -> Tensor:
         from kdkernels.trainers.heads import hidden_states

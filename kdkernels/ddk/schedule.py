@@ -23,7 +23,8 @@ class DomainSchedule:
         datasets: training data, a map-style dataset by domain.
         held_out: validation data by the same names (the paper takes 500 samples a domain).
         interval: draws between two measurements, over all ranks: the paper's K = 1000 steps times the samples of one.
-        teacher: a causal language model, measured once; or its perplexities by domain.
+        teacher: a causal language model, measured once; or its perplexities by domain (where it has another tokenizer,
+            whose ids held_out does not hold).
         alpha, variant: of `DomainWeights`.
         unit: of `measure_perplexity`; ``"byte"`` where student and teacher have different tokenizers.
         seed, rank, world_size: of `DomainSampler`. Under a Trainer leave rank and world_size at 0 and 1.

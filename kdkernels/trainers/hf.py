@@ -114,20 +114,11 @@ class DistillationMixin:
     def _check_trainer(self) -> None:
         trainer: Any = self
         args = trainer.args
-        if args.label_smoothing_factor:
-            remedy = "it would change the loss; hard labels enter with ce_weight="
-            fail(ValueError, "label_smoothing_factor", args.label_smoothing_factor, "0", remedy)
-        if trainer.compute_loss_func is not None:
-            fail(ValueError, "compute_loss_func", trainer.compute_loss_func, "None", "the loss is kdkernels' here")
+        check_loss_options(trainer)
         if args.torch_compile:
             fail(ValueError, "torch_compile", True, "False", "compile the base model: model.model.compile()")
         if args.n_gpu > 1:
             fail(ValueError, "GPUs in one process", args.n_gpu, "1", "start with torchrun, one process a GPU")
-        if (
-            getattr(trainer, "is_deepspeed_enabled", False)
-            and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
-        ):
-            fail(ValueError, "zero_stage", 3, "0, 1 or 2", "to shard parameters use FSDP")
         model = trainer.accelerator.unwrap_model(trainer.model)
         if any(getattr(c, "is_prompt_learning", False) for c in getattr(model, "peft_config", {}).values()):
             fail(ValueError, "peft_config", "prompt learning", "an adapter inside the model, such as LoRA")
@@ -243,6 +234,19 @@ class DistillationMixin:
         means = self._tallies["eval"].means(self.accelerator)  # type: ignore[attr-defined]
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
+
+
+def check_loss_options(trainer: Any) -> None:
+    """Options of a Trainer that would silently change the loss, or under which a head has no weight."""
+    smoothing = trainer.args.label_smoothing_factor
+    if smoothing:
+        remedy = "it would change the loss; hard labels enter with ce_weight="
+        fail(ValueError, "label_smoothing_factor", smoothing, "0", remedy)
+    if trainer.compute_loss_func is not None:
+        fail(ValueError, "compute_loss_func", trainer.compute_loss_func, "None", "the loss is kdkernels' here")
+    sharded = getattr(trainer, "is_deepspeed_enabled", False)
+    if sharded and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
+        fail(ValueError, "zero_stage", 3, "0, 1 or 2", "to shard parameters use FSDP")
 
 
 def in_dtype(side: kd.LinearLogits, dtype: torch.dtype) -> kd.LinearLogits:

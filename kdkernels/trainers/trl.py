@@ -14,9 +14,15 @@ from torch import Tensor
 
 import kdkernels as kd
 from kdkernels.trainers.heads import head_logits, vocabulary
-from kdkernels.trainers.hf import in_dtype
+from kdkernels.trainers.hf import check_loss_options, in_dtype
 from kdkernels.trainers.lora import causal_lm
 from kdkernels.trainers.models import common_vocabulary
+
+IMAGES = (
+    "pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial_shapes", "image_sizes", "token_type_ids",
+    "mm_token_type_ids", "image_position_ids",
+)  # fmt: skip
+"""What TRL's trainer hands to models that see images, beside the ids."""
 
 
 class TRLDistillationMixin:
@@ -29,6 +35,9 @@ class TRLDistillationMixin:
             TRL's.
 
     Unequal padding of the two vocabularies, which TRL refuses, is cut off.
+
+    Raises:
+        ValueError: label smoothing, ``compute_loss_func``, ZeRO-3.
     """
 
     def __init__(
@@ -43,6 +52,7 @@ class TRLDistillationMixin:
     ) -> None:
         super().__init__(*args, **kwargs)
         trainer: Any = self
+        check_loss_options(trainer)
         self.divergence = _by_beta(float(trainer.beta)) if divergence is None else divergence
         self.loss_options: dict[str, Any] = {
             "temperature_scaling": temperature_scaling, "chunk_bytes": chunk_bytes, "backend": backend,
@@ -75,7 +85,8 @@ class TRLDistillationMixin:
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         keep = inputs["completion_ids"].size(1)
-        hidden = self._get_last_hidden_state(model, ids, mask, keep)  # type: ignore[attr-defined]
+        images = {key: inputs[key] for key in IMAGES if key in inputs}
+        hidden = self._get_last_hidden_state(model, ids, mask, keep, **images)  # type: ignore[attr-defined]
         return head_logits(causal_lm(model), hidden, role)
 
 
