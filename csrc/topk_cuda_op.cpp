@@ -6,8 +6,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <array>
-#include <atomic>
 #include <vector>
 
 #include "cuda/topk_plan.h"
@@ -47,21 +45,10 @@ void check_logits(const Tensor& x, const OptionalTensor& bias, int64_t vocab) {
           "; it must be a contiguous float32 [", vocab, "]");
 }
 
-// Asked once a device.
-int multiprocessors(int device) {
-  static std::array<std::atomic<int>, 64> known{};
-  const bool remembered = device >= 0 && device < static_cast<int>(known.size());
-  if (remembered && known[static_cast<size_t>(device)]) return known[static_cast<size_t>(device)];
-  const int count = kd_cuda_multiprocessors(device);
-  require(count > 0, "CUDA does not answer: ", kd_cuda_error(-count));
-  if (remembered) known[static_cast<size_t>(device)] = count;
-  return count;
-}
-
 void start(const kd_topk& args, const Tensor& logits) {
   const int32_t device = logits.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const int count = multiprocessors(device);
+  const int count = static_cast<int>(fact_of<kd_cuda_multiprocessors>(device));
   // From torch's allocator: it belongs to the current stream, and a CUDA graph keeps it.
   const auto bytes = static_cast<int64_t>(topk::scratch_bytes(args, count));
   const Tensor scratch = torch::stable::new_empty(logits, {std::max<int64_t>(bytes, 1)}, ScalarType::Byte);

@@ -68,7 +68,7 @@ def judge(backend: str, device: torch.device, dtype: torch.dtype, kernel: str, s
 def _judge_selection(backend: str, device: torch.device, dtype: torch.dtype, kernel: str) -> Verdict:
     """Whether ``backend`` selects the largest entries of rows, or draws from them."""
     if backend == "cuda" and kernel == SELECTION:
-        why = _why_not_cuda_selection(device, dtype)
+        why = _why_not_cuda("topk_", device, dtype)
         return Verdict(backend, not why, why or "CUDA kernels of selection")
     if backend != "cpp":
         return Verdict(backend, False, f"the {backend} kernels do not include {kernel!r}")
@@ -82,6 +82,9 @@ def _judge_selection(backend: str, device: torch.device, dtype: torch.dtype, ker
 
 def _judge_gate(backend: str, device: torch.device, dtype: torch.dtype) -> Verdict:
     """Whether ``backend`` decides who speaks, for logits of this device and dtype."""
+    if backend == "cuda":
+        why = _why_not_cuda("gate_", device, dtype)
+        return Verdict(backend, not why, why or "CUDA kernels of the gate")
     if backend != "cpp":
         return Verdict(backend, False, f"the {backend} kernels do not include {GATE!r}")
     if device.type != "cpu":
@@ -92,15 +95,15 @@ def _judge_gate(backend: str, device: torch.device, dtype: torch.dtype) -> Verdi
     return Verdict(backend, not why, why or f"native kernels, {native.isa()}")
 
 
-def _why_not_cuda_selection(device: torch.device, dtype: torch.dtype) -> str:
-    """Empty where the CUDA kernels select from logits of this device and dtype."""
+def _why_not_cuda(leaf: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Empty where a leaf's CUDA C++ kernels serve logits of this device and dtype."""
     if device.type != "cuda":
         return f"serves CUDA tensors, these are on {device}"
     if dtype not in _DTYPES[:3]:
         return f"serves float32, bfloat16 and float16, not {dtype}"
     if not native.available():
         return native.reason()
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("kdkernels_C::topk_", "CUDA"):
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"kdkernels_C::{leaf}", "CUDA"):
         return "kdkernels was built without CUDA kernels: install the CUDA toolkit (nvcc) and rebuild"
     if torch.version.cuda is None or not torch.cuda.is_available():
         return f"torch {torch.__version__} sees no NVIDIA GPU"

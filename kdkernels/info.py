@@ -39,12 +39,17 @@ def _triton_obstacle() -> str:
     return "" if _gpu() else _why_no_gpu()
 
 
-CUDA_KERNELS = {"topk.cu": "the selection of compress", "dense_onchip.cu": "forward and reverse KL of long rows"}
+CUDA_KERNELS = {
+    "topk.cu": "the selection of compress",
+    "dense_onchip.cu": "forward and reverse KL of long rows",
+    "gate.cu": "the gate of SWITCH",
+}
 
 
 def _cuda_kernels() -> str:
     """What the CUDA C++ kernels of the build serve."""
-    return " and ".join(CUDA_KERNELS[name] for name in native.facts()["cuda_sources"] if name in CUDA_KERNELS)
+    served = [CUDA_KERNELS[name] for name in native.facts()["cuda_sources"] if name in CUDA_KERNELS]
+    return " and ".join((", ".join(served[:-1]), served[-1]) if len(served) > 1 else served)
 
 
 def _cuda_obstacle() -> str:

@@ -146,11 +146,3 @@ int kd_topk_cuda(const kd_topk* call, void* scratch, int multiprocessors, void* 
   }
   return cudaSuccess;
 }
-
-const char* kd_cuda_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
-
-int kd_cuda_multiprocessors(int device) {
-  int count = 0;
-  const cudaError_t failed = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return failed == cudaSuccess ? count : -static_cast<int>(failed);
-}

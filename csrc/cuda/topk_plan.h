@@ -61,8 +61,6 @@ struct kd_topk_launch {
 // most KD_TOPK_MOST, rows and vocab below 2^31. Starts everything on the stream: no synchronisation, no
 // allocation. 0, or a cudaError_t.
 int kd_topk_cuda(const kd_topk* call, void* scratch, int multiprocessors, void* stream);
-const char* kd_cuda_error(int code);
-int kd_cuda_multiprocessors(int device);  // negative: - cudaError_t
 }
 
 namespace kd {
