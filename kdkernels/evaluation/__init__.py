@@ -1,4 +1,4 @@
-"""How much a student has taken over from its teacher: answers compared (RSE) and identities checked (ICE).
+"""How much a student has taken over: answers compared (RSE), identities checked (ICE), logits side by side.
 
 Importing this package is cheap: torch, PyYAML and the endpoint's client come in with the first use.
 """
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kdkernels.evaluation.chat import CallableChat as CallableChat
     from kdkernels.evaluation.chat import Chat as Chat
+    from kdkernels.evaluation.compare import compare_models as compare_models
+    from kdkernels.evaluation.compare_result import ComparisonResult as ComparisonResult
     from kdkernels.evaluation.endpoint import EndpointChat as EndpointChat
     from kdkernels.evaluation.identity import identity_consistency as identity_consistency
     from kdkernels.evaluation.identity_result import IdentityResult as IdentityResult
@@ -28,12 +30,14 @@ _HOMES = {
     "CallableJudge": "judges",
     "Chat": "chat",
     "ChatJudge": "judges",
+    "ComparisonResult": "compare_result",
     "EndpointChat": "endpoint",
     "IdentityResult": "identity_result",
     "Judge": "judges",
     "LocalChat": "local_chat",
     "LocalLexicalJudge": "lexical",
     "SimilarityResult": "similarity_result",
+    "compare_models": "compare",
     "identity_consistency": "identity",
     "response_similarity": "similarity",
 }
