@@ -47,13 +47,18 @@ inline const char* dtype_name(ScalarType dtype) {
   }
 }
 
-inline std::string shape_text(const Tensor& t) {
-  std::ostringstream text;
-  text << '[';
-  for (int64_t d = 0; d < t.dim(); ++d) text << (d ? ", " : "") << t.size(d);
-  text << ']';
-  return text.str();
+// A shape to be written into a message, and only then made into text: checks run on every call.
+struct ShapeText {
+  const Tensor& of;
+};
+
+inline std::ostream& operator<<(std::ostream& to, ShapeText shape) {
+  to << '[';
+  for (int64_t d = 0; d < shape.of.dim(); ++d) to << (d ? ", " : "") << shape.of.size(d);
+  return to << ']';
 }
+
+inline ShapeText shape_text(const Tensor& t) { return {t}; }
 
 inline void check_finite(const char* name, double value) {
   require(std::isfinite(value), name, " is ", value, "; it must be finite");

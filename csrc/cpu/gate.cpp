@@ -8,7 +8,8 @@ namespace KD_NS {
 
 namespace {
 
-static_assert(kBlock == kd_gate_block_size, "one size of blocks");
+constexpr int kSpan = (int)kd_gate_block_size;
+constexpr int kRunOfVectors = 16 * kWidth;
 
 // A mass far below the row's: blocks with less on both sides change the divergence by less than 1e-9 bits
 // together.
@@ -43,7 +44,7 @@ struct Total {
 // A worker's scratch. The two blocks are not a multiple of 4 KiB apart: loads wait for stores whose addresses
 // agree in the lower 12 bits.
 struct Work {
-  alignas(64) float zs[kBlock + 32], zt[kBlock + 32];
+  alignas(64) float zs[kSpan + 32], zt[kSpan + 32];
   float guess_s, guess_t;
   Total student, teacher;
 };
@@ -58,17 +59,17 @@ Gate gate_of(const kd_gate& a, void* scratch) {
   return {&a, source_of(a.student, a.student_dtype), source_of(a.teacher, a.teacher_dtype), (Work*)scratch};
 }
 
-int64_t blocks_of(const kd_gate& a) { return (a.vocab + kBlock - 1) / kBlock; }
+int64_t blocks_of(const kd_gate& a) { return (a.vocab + kSpan - 1) / kSpan; }
 
 int size_of_block(const kd_gate& a, int64_t block) {
-  const int64_t left = a.vocab - block * kBlock;
-  return (int)(left < kBlock ? left : kBlock);
+  const int64_t left = a.vocab - block * kSpan;
+  return (int)(left < kSpan ? left : kSpan);
 }
 
 // A block's logits as floats in `to`, with masked entries up to whole steps.
 int stage_padded(const kd_gate& a, const Source& s, int64_t row, int64_t block, float* to) {
   const int n = size_of_block(a, block), padded = whole_steps(n);
-  stage(s, s.row(row), block * kBlock, n, to);
+  stage(s, s.row(row), block * kSpan, n, to);
   for (int i = n; i < padded; ++i) to[i] = -INFINITY;
   return padded;
 }
@@ -101,10 +102,10 @@ float guess_of(const kd_gate& a, const Source& s, int64_t row) {
 double weigh_block(const kd_gate& a, const Source& s, int64_t row, int64_t block, float guess, float* z,
                    double* reference) {
   const int n = size_of_block(a, block);
-  const bool stored = s.plain && n == kBlock;
+  const bool stored = s.plain && n == kSpan;
   double mass;
   if (!stored) stage_padded(a, s, row, block, z);
-  const void* from = stored ? s.row(row) + block * kBlock * size_of(s.dtype) : (const char*)z;
+  const void* from = stored ? s.row(row) + block * kSpan * size_of(s.dtype) : (const char*)z;
   if (sum_for(stored ? s.dtype : KD_F32)(from, whole_steps(n), guess, reference, &mass)) return mass;
   if (stored) stage_padded(a, s, row, block, z);
   const float top = extremes_of<f32>(z, whole_steps(n)).max;
@@ -145,9 +146,9 @@ double compare_block(const Gate& g, int64_t row, int64_t block, const Pair& lse,
                      const Coming* coming) {
   const kd_gate& a = *g.args;
   const int n = size_of_block(a, block);
-  const bool s = g.student.plain && n == kBlock, t = g.teacher.plain && n == kBlock;
+  const bool s = g.student.plain && n == kSpan, t = g.teacher.plain && n == kSpan;
   const bool stored = s && t && a.student_dtype == a.teacher_dtype;
-  const int64_t at = block * kBlock;
+  const int64_t at = block * kSpan;
   // Where the sides' dtypes differ, one that is float32 is read where it is.
   const bool keep_s = stored || (s && a.student_dtype == KD_F32),
              keep_t = stored || (t && a.teacher_dtype == KD_F32);
@@ -176,8 +177,8 @@ void compare(const kd_gate* args, int64_t row, int64_t begin, int64_t end, kd_ga
         student.share(at.student, at.student_reference) + teacher.share(at.teacher, at.teacher_reference);
     Coming coming = {nullptr, nullptr, 4};
     if (more) {
-      coming.student = g.student.row(row + 1) + b * kBlock * size_of(args->student_dtype) / 2;
-      coming.teacher = g.teacher.row(row + 1) + b * kBlock * size_of(args->teacher_dtype) / 2;
+      coming.student = g.student.row(row + 1) + b * kSpan * size_of(args->student_dtype) / 2;
+      coming.teacher = g.teacher.row(row + 1) + b * kSpan * size_of(args->teacher_dtype) / 2;
     }
     at.apart = mass > kNothing ? compare_block(g, row, b, lse, mass, more ? &coming : nullptr) : 0;
   }
@@ -229,12 +230,21 @@ int64_t search(const Speaker& s, int64_t block, float reference, double target) 
   double mass = 0;
   int at = 0;  // the vector that holds the entry
   bool within = false;
-  for (int i = 0; i < n && !within; i += kWidth) {
-    const double more = lanes_total(masses(i));
-    if (more > 0) at = i;
-    within = mass + more > target;
-    if (!within) mass += more;
-  }
+  // What begins at `first`: as many vectors as `step`, then those one by one.
+  const auto look = [&](int first, int end, int step) {
+    for (int i = first; i < end && !within; i += step) {
+      vf sum = zero;
+      for (int j = i; j < i + step && j < end; j += kWidth) sum = sum + masses(j);
+      const double more = lanes_total(sum);
+      if (more > 0) at = i;
+      within = mass + more > target;
+      if (!within) mass += more;
+    }
+  };
+  look(0, n, kRunOfVectors);
+  within = false;
+  const int run = at;
+  look(run, run + kRunOfVectors < n ? run + kRunOfVectors : n, kWidth);
   float lane[kWidth];
   masses(at).store(lane);
   int last = 0;
@@ -243,7 +253,7 @@ int64_t search(const Speaker& s, int64_t block, float reference, double target) 
     last = j;
     if (within && (mass += lane[j]) > target) break;
   }
-  return block * kBlock + at + last;
+  return block * kSpan + at + last;
 }
 
 int64_t draw(const Speaker& s, double u) {
@@ -272,11 +282,11 @@ int64_t argmax(const Speaker& s) {
   int64_t at = -1;
   const auto visit = [&](int64_t b) {
     const float top = extremes_of<f32>(s.z, stage_padded(*s.args, s.source, s.row, b, s.z)).max;
-    if (!(top > best || (top == best && b < at / kBlock))) return;
+    if (!(top > best || (top == best && b < at / kSpan))) return;
     int i = 0;
     while (s.z[i] != top) ++i;
     best = top;
-    at = b * kBlock + i;
+    at = b * kSpan + i;
   };
   int64_t heaviest = 0;
   for (int64_t b = 1; b < blocks_of(*s.args); ++b) heaviest = s.share(b) > s.share(heaviest) ? b : heaviest;

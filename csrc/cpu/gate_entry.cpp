@@ -30,7 +30,7 @@ const kd_cpu_gate* chosen() {
   return nullptr;
 }
 
-constexpr int64_t kPiece = 8;  // blocks
+constexpr int64_t kPiece = 2;  // blocks
 
 int64_t blocks_of(const kd_gate* a) { return (a->vocab + kd_gate_block_size - 1) / kd_gate_block_size; }
 

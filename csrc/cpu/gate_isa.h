@@ -11,7 +11,9 @@ struct kd_gate_block {
   double apart;  // sum of 2 term, in bits
 };
 
-constexpr int64_t kd_gate_block_size = 1024;
+// Elements of a block. Starting and ending a sweep takes as long as some hundred elements do; finding the
+// entry that is drawn, in one block, as a whole sweep over it.
+constexpr int64_t kd_gate_block_size = 4096;
 
 struct kd_cpu_gate {
   const char* name;

@@ -37,6 +37,15 @@ def gather(x: Tensor, group: ProcessGroup) -> Tensor:
     return torch.stack(parts)
 
 
+def of_first_rank(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """``x`` as the first rank of the group has it, in place."""
+    if group is not None:
+        import torch.distributed as dist
+
+        dist.broadcast(x, dist.get_global_rank(group, 0), group=group)
+    return x
+
+
 class Share(NamedTuple):
     """Which entries of the vocabulary are here."""
 
@@ -139,16 +148,17 @@ class Part:
         """Entries drawn from the whole row ``[N, samples]``, int32, ascending; -1 where it is no distribution."""
         n, device = self.x.shape[0], self.x.device
         uniforms = torch.rand((n, samples), dtype=torch.float64, generator=generator, device=device)
-        uniforms = uniforms.sort(-1).values
+        return self.drawn_at(of_first_rank(uniforms.sort(-1).values, self.share.group))
+
+    def drawn_at(self, uniforms: Tensor) -> Tensor:
+        """Entries of the whole row at ``uniforms [N, n]``, alike on all ranks: int32, -1 as for `drawn`."""
         if self.share.group is None:
             return self._draw(uniforms)
         import torch.distributed as dist
 
-        group = self.share.group
-        dist.broadcast(uniforms, dist.get_global_rank(group, 0), group=group)
         ids = self._draw(_Merge(self, 1, [], False).local_uniforms(uniforms))
         ids = torch.where(ids >= 0, ids + self.share.first, -1)
-        dist.all_reduce(ids, dist.ReduceOp.MAX, group=group)
+        dist.all_reduce(ids, dist.ReduceOp.MAX, group=self.share.group)
         return ids
 
     def _draw(self, uniforms: Tensor) -> Tensor:

@@ -62,16 +62,21 @@ def gate_rows_(
     if backend == "eager":
         eager_gate.gate_rows_(student, teacher, threshold, sampling, vocab, out)
         return
+    if backend == "triton":
+        from kdkernels.triton import gate_host  # imports triton
+
+        gate_host.gate_rows_(student, teacher, threshold, sampling, vocab, out)
+        return
     leaves.gate_(*student, *teacher, threshold, *sampling, vocab, *out)
 
 
 def _outputs(student: Tensor, teacher: Tensor) -> SwitchDecision:
-    rows = (student.shape[0],)
-    acc = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+    rows, device = student.shape[0], student.device
+    wide = torch.float64 in (student.dtype, teacher.dtype)
     return SwitchDecision(
-        student.new_empty(rows, dtype=torch.int64),
-        student.new_empty(rows, dtype=torch.bool),
-        student.new_empty(rows, dtype=acc),
+        torch.empty(rows, dtype=torch.int64, device=device),
+        torch.empty(rows, dtype=torch.bool, device=device),
+        torch.empty(rows, dtype=torch.float64 if wide else torch.float32, device=device),
     )
 
 
@@ -105,14 +110,21 @@ def gate(
         backend: one that serves (see `kdkernels.backends`).
     """
     out = _outputs(student, teacher)
+    ours = Source(student, student_weight, student_bias, student_scale, student_softcap)
+    theirs = Source(teacher, teacher_weight, teacher_bias, teacher_scale, teacher_softcap)
+    sampling = Sampling(uniforms, temperature, top_k, top_p)
+    if student.dtype == teacher.dtype and ours[1:] == theirs[1:] == _PLAIN:
+        gate_rows_(backend, Side(student), Side(teacher), threshold, sampling, vocab, out)
+        return out
     wide = out.jsd.dtype == torch.float64
     with _without_autocast(student.device.type):
-        sides = (
-            _side(Source(student, student_weight, student_bias, student_scale, student_softcap), vocab, wide),
-            _side(Source(teacher, teacher_weight, teacher_bias, teacher_scale, teacher_softcap), vocab, wide),
-        )
-        gate_rows_(backend, *sides, threshold, Sampling(uniforms, temperature, top_k, top_p), vocab, out)
+        sides = _side(ours, vocab, wide), _side(theirs, vocab, wide)
+        gate_rows_(backend, *sides, threshold, sampling, vocab, out)
     return out
+
+
+_PLAIN = (None, None, 1.0, 0.0)
+"""The head of logits that are given as they are."""
 
 
 LIBRARY.impl("gate", gate, EVERY_DEVICE)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 from kdkernels import arguments, backends
 from kdkernels._checks import fail, require_finite_number, values_checked
 from kdkernels.logits import LinearLogits
-from kdkernels.ops.gate import SwitchDecision
+from kdkernels.ops.gate import Sampling, SwitchDecision, gate
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -77,33 +79,50 @@ def switch_gate(
             -1, which is no id, and, but for the uniform, jsd NaN.
     """
     _check_sampling(temperature, top_k, top_p, do_sample)
-    sides = [_side(n, x) for n, x in (("student_logits", student_logits), ("teacher_logits", teacher_logits))]
-    student, teacher = sides
-    vocab = _check_pair(student, teacher, vocab_size)
-    serving = _serving(backend, student.device.type, student.dtype)
+    student = _side("student_logits", student_logits, group is not None)
+    teacher = _side("teacher_logits", teacher_logits, group is not None)
+    vocab = _check_pair(student, teacher, vocab_size, group is not None)
     bits = _threshold(threshold, student)
     draws = _uniforms(uniforms, generator, do_sample, student)
     sampling = (float(temperature), top_k or 0, 1.0 if top_p is None else float(top_p))
-    found = torch.ops.kdkernels.gate(*_operands(student), *_operands(teacher), bits, draws, *sampling, vocab, serving)
-    decision = SwitchDecision(*found)
+    if group is not None:
+        from kdkernels.switch import gate_shards  # imports torch.distributed
+
+        found = gate_shards.decide(student, teacher, bits, Sampling(draws, *sampling), vocab_size, group, backend)
+        _check_values(found, student, teacher, vocab, bits, draws)
+        return found
+    serving = _serving(backend, student.device.type, student.dtype)
+    operands = (*_operands(student), *_operands(teacher), bits, draws, *sampling, vocab, serving)
+    decision = gate(*operands) if _plain(student, teacher) else SwitchDecision(*torch.ops.kdkernels.gate(*operands))
     _check_values(decision, student, teacher, vocab, bits, draws)
     return decision
 
 
-def _side(name: str, side: Tensor | LinearLogits) -> Tensor | LinearLogits:
-    arguments.check_side(name, side)
+def _side(name: str, side: Tensor | LinearLogits, sharded: bool) -> Tensor | LinearLogits:
+    if not (sharded and isinstance(side, Tensor | LinearLogits) and side.shape[-1:] == (0,)):  # a shard of no entries
+        arguments.check_side(name, side)
     if len(side.shape) != 2:
         remedy = "of [B, T, V] take [:, -1]"
         fail(ValueError, f"{name} shape", list(side.shape), "[B, V], one position of each sequence", remedy)
     side = arguments.under_autocast(side)
     if isinstance(side, Tensor):
-        side = side.detach()
+        side = side.detach() if side.requires_grad else side
         return side if side.shape[-1] <= 1 or side.stride(-1) == 1 else side.contiguous()
     bias = None if side.bias is None else side.bias.detach()
     return LinearLogits(side.hidden.detach(), side.weight.detach(), bias, side.softcap, side.scale)
 
 
-def _check_pair(student: Tensor | LinearLogits, teacher: Tensor | LinearLogits, vocab_size: int | None) -> int:
+def _plain(*sides: Tensor | LinearLogits) -> bool:
+    """Whether nothing watches operators: then the dispatcher, a third of a step's time, is left out."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    return all(type(side) is Tensor for side in sides)
+
+
+def _check_pair(
+    student: Tensor | LinearLogits, teacher: Tensor | LinearLogits, vocab_size: int | None, sharded: bool
+) -> int:
+    """The entries that both have, here where ``sharded``."""
     if vocab_size is not None and (isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 1):
         fail(ValueError, "vocab_size", repr(vocab_size), "an int > 0 or None")
     if student.device != teacher.device:
@@ -112,6 +131,8 @@ def _check_pair(student: Tensor | LinearLogits, teacher: Tensor | LinearLogits, 
     if student.shape[0] != teacher.shape[0]:
         ours, theirs = student.shape[0], teacher.shape[0]
         fail(ValueError, "rows", f"student {ours}, teacher {theirs}", "as many of both", "give both the same prompts")
+    if sharded:  # the ranks together know
+        return min(student.shape[-1], teacher.shape[-1])
     return arguments.common_vocabulary(student.shape[-1], teacher.shape[-1], vocab_size)
 
 
@@ -130,6 +151,12 @@ def _check_sampling(temperature: float, top_k: int | None, top_p: float | None, 
 
 def _serving(backend: str, device: str, dtype: torch.dtype) -> str:
     """The backend of a call: the same for every call of a compiled graph, so not traced."""
+    return _chosen(backend, os.environ.get("KDKERNELS_BACKEND", ""), device, dtype)
+
+
+@functools.cache
+def _chosen(backend: str, variable: str, device: str, dtype: torch.dtype) -> str:
+    """A choice takes as long as a row does: once for each environment is enough."""
     return backends.choose(backend, torch.device(device), dtype, backends.GATE)
 
 
@@ -199,10 +226,14 @@ def _check_values(
         fail(ValueError, f"threshold[{row}]", "nan", "a number of bits", "mend the schedule")
     if uniforms is not None and not 0 <= float(uniforms[row]) < 1:
         fail(ValueError, f"uniforms[{row}]", float(uniforms[row]), "in [0, 1)", "torch.rand draws such numbers")
-    for name, side in (("student_logits", student), ("teacher_logits", teacher)):
-        if not math.isfinite(_row(side, row)[:vocab].max()):
-            remedy = "mask it out before, or mend the model"
-            fail(ValueError, f"{name} row {row}", "one with NaN or +inf, or nothing but -inf", "a distribution", remedy)
+    culprits = [
+        name
+        for name, side in (("student_logits", student), ("teacher_logits", teacher))
+        if vocab and not math.isfinite(_row(side, row)[:vocab].max())
+    ]  # under `group` perhaps nobody here
+    remedy = "mask it out before, or mend the model"
+    what = "one with NaN or +inf, or nothing but -inf"
+    fail(ValueError, f"{(*culprits, 'logits')[0]} row {row}", what, "a distribution", remedy)
 
 
 def _row(side: Tensor | LinearLogits, row: int) -> Tensor:
