@@ -3,6 +3,7 @@
     python triton_budgets.py            # prints the table
     python triton_budgets.py --write    # writes triton_budgets.json
     python triton_budgets.py --missing  # adds to it what it lacks
+    python triton_budgets.py --markdown # prints the table of docs/gpu.md
 
 Counts are per (student, teacher) logit pair of one launch, from executed PTX; registers and spills are ptxas'.
 Sectors are relative to the least: both operands (the student's logits alone, where the teacher is sparse) read once,
@@ -25,6 +26,7 @@ from ptx.static_facts import static_facts
 
 from kdkernels.ops.rows import RowSpec, Side, divergence_rows_
 from kdkernels.ops.sparse import SparseRows, sparse_rows_
+from kdkernels.triton import host
 from kdkernels.weights import RowWeights
 
 TABLE = Path(__file__).with_suffix(".json")
@@ -34,6 +36,12 @@ SEPARABLE = ("jsd", "skew_kl", "skew_reverse_kl", "total_variation", "alpha_beta
 VOCAB = 128256  # Llama 3's
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHARDS = ("shard norms", "shard sums", "shard gradient")
+FACTORS = {"by 1": 1.0, "by a half": 0.5}
+VARIANTS = ("labels", "labels+stats", "cap")
+BY_ELEMENTS = "by its element functions"
+"""Alpha-beta with an alpha too small for its form."""
+LIMITS = dict.fromkeys(ONLINE, 40) | dict.fromkeys(SEPARABLE, 70)
+"""Instructions a pair that kernels are meant to stay below."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +51,16 @@ class Case:
     kernel: str
     dtype: str
     target: int
-    extra: str = ""  # "labels", "labels+stats", "cap", "K=1024"
+    extra: str = ""  # of VARIANTS or FACTORS, "K=1024", BY_ELEMENTS
 
     @property
     def name(self) -> str:
         return " ".join(filter(None, (self.kernel, self.extra, self.dtype, f"sm_{self.target}")))
+
+    @property
+    def a(self) -> float:
+        """The element functions' first parameter."""
+        return 0.1 if self.extra == BY_ELEMENTS else 0.3
 
     def arguments(self) -> dict[str, Any]:
         """Of `divergence_rows_`: one row."""
@@ -60,7 +73,7 @@ class Case:
             "student": Side(student, bias, 1.0, 30.0 if self.extra == "cap" else 0.0),
             "teacher": Side(teacher),
             "weights": RowWeights(torch.ones(1), None if labels is None else torch.ones(1), labels),
-            "spec": RowSpec("jsd" if self.kernel in SHARDS else self.kernel, 0.3, 0.7, 1.0, VOCAB),
+            "spec": RowSpec("jsd" if self.kernel in SHARDS else self.kernel, self.a, 0.7, 1.0, VOCAB),
             "loss": torch.empty(1),
             "dlogits": torch.empty_like(student),
             "stats": torch.empty(1, 6) if self.extra.endswith("stats") else None,
@@ -84,12 +97,15 @@ def cases() -> Iterator[Case]:
     for target in (80, 90, 100):
         yield from (Case(kernel, "bf16", target) for kernel in ("adaptive_kl", *SHARDS))
         yield from (Case("sparse", dtype, target) for dtype in DTYPES)
-        yield from (Case("sparse", "bf16", target, extra) for extra in ("labels", "labels+stats", "cap", "K=1024"))
+        yield from (Case("sparse", "bf16", target, extra) for extra in (*VARIANTS, "K=1024"))
+        yield from (Case("scale", "bf16", target, extra) for extra in FACTORS)
         for kernel in ONLINE + SEPARABLE:
             dtypes = DTYPES if kernel in (*ONLINE, "jsd") else ("bf16",)
             yield from (Case(kernel, dtype, target) for dtype in dtypes)
             if kernel in ("forward_kl", "jsd"):
-                yield from (Case(kernel, "bf16", target, extra) for extra in ("labels", "labels+stats", "cap"))
+                yield from (Case(kernel, "bf16", target, extra) for extra in VARIANTS)
+            if kernel in ("alpha_beta", "alpha_beta_b0"):
+                yield Case(kernel, "bf16", target, BY_ELEMENTS)
 
 
 def run_shards(given: dict[str, Any]) -> None:
@@ -111,13 +127,15 @@ def measure(case: Case) -> dict[str, float]:
             run_shards(case.arguments())
         elif case.kernel == "sparse":
             run_sparse(case, case.arguments())
+        elif case.kernel == "scale":
+            host.scale_(case.arguments()["dlogits"].fill_(1), torch.tensor(FACTORS[case.extra]))
         else:
             divergence_rows_("triton", **case.arguments())
     at = SHARDS.index(case.kernel) if case.kernel in SHARDS else 0
     compiled, report = emulator.compiled[at], emulator.reports[at]
     facts = static_facts(compiled.ptx, case.target)
     size = DTYPES[case.dtype].itemsize
-    operands = 1 if case.kernel == "sparse" else 2
+    operands = 1 if case.kernel in ("sparse", "scale") else 2
     return {
         "registers": facts.registers,
         "spills": facts.spills,
@@ -130,7 +148,32 @@ def measure(case: Case) -> dict[str, float]:
     }
 
 
+LABELS = {"alpha_beta_b0": "alpha_beta, beta = 0", "alpha_beta_a0": "alpha_beta, alpha = 0",
+          "alpha_beta_a0_b0": "alpha_beta, both 0", "sparse": "forward_kl, 64 entries of a teacher",
+          "scale": "gradient times its factor", "cap": "soft cap and bias",
+          "labels+stats": "labels and statistics"}  # fmt: skip
+
+
+def markdown(table: dict[str, dict[str, float]]) -> str:
+    """The kernels in bf16, one a line; counts over their limit in bold."""
+    lines = ["| bf16, V = 128256, forward + gradient | instructions sm_80 | sm_90 | sm_100 | special functions "
+             "| loads, x least | stores, x least |", "|---|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
+    for case in (c for c in cases() if c.dtype == "bf16" and c.target == 90):
+        rows = [table[dataclasses.replace(case, target=target).name] for target in (80, 90, 100)]
+        limit = LIMITS.get(case.kernel, float("inf"))
+        counts = [f"{row['instructions']:.1f}" for row in rows]
+        counts = [f"**{n}**" if row["instructions"] > limit else n for n, row in zip(counts, rows, strict=True)]
+        name = ", ".join(LABELS.get(word, word) for word in (case.kernel, case.extra) if word)
+        name = name.replace("64 entries of a teacher, K=1024", "1024 entries of a teacher")
+        others = (f"{rows[1][key]:.2f}" for key in ("special", "loads", "stores"))
+        lines.append(f"| {' | '.join((name, *counts, *others))} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
+    if "--markdown" in sys.argv:
+        print(markdown(json.loads(TABLE.read_text())))
+        return
     table = json.loads(TABLE.read_text()) if "--missing" in sys.argv else {}
     for case in cases():
         if case.name not in table:

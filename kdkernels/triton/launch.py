@@ -8,8 +8,9 @@ The constants were chosen by counting (compiled PTX executed, ptxas' report), no
 - The later sweeps find in L2 what all running rows leave there. With about 32 warps on a multiprocessor, 132 of them
   and 40 MB of L2 to spend, W warps a row keep rows of up to 9.5 KB * W (both operands) there: so long rows get many
   warps. Sweeps alternate in direction, so that a row that is too long still hits at its turning point.
-- The separable kernels issue 67 instructions a pair before that cost and must stay below 70: 8 warps at most. They hold
-  8 entries' intermediate values, up to 110 registers, and would spill at 32 warps (64 registers).
+- The separable kernels issue up to 69.6 instructions a pair with 8 warps (alpha-beta on sm_80 and sm_90) and are meant
+  to stay below 70: 8 warps at most. They hold 8 entries' intermediate values, up to 112 registers, and would spill at 32
+  warps (64 registers).
 - Statistics take 12 registers more: 16 warps at most (at 32 sm_100 spills).
 """
 
@@ -63,6 +64,24 @@ def sparse_shape(vocab: int, itemsize: int, stats: bool, major: int) -> Shape:
     16 warps and spills 20 bytes; with statistics 64 are too few on sm_80."""
     warps = shape(vocab // 2, itemsize, True, True, major).warps
     return Shape(min(warps, 8), 96) if stats else Shape(warps, 64)
+
+
+GATE, GATE_DECIDE = Shape(4), Shape(8)
+"""Of the gate: sweeps of parts of a row, and the program that decides on a row."""
+GATE_SEARCH = 1024
+"""Entries that the latter looks at together."""
+_GATE_PROGRAMS, _GATE_TILES, _MOST_GATE_PARTS = 528, 4, 1024
+"""Four programs on each of 132 multiprocessors: few rows use all of the GPU. A part has at most 4 tiles, as one program
+looks for the token in it, but for rows of more than 4096 tiles."""
+
+
+def gate_parts(rows: int, vocab: int, vector: int) -> tuple[int, int]:
+    """Places of a part of a row, a multiple of a tile, and how many parts a row has."""
+    tile = GATE.vectors * vector
+    tiles = -(-(vocab + vector) // tile)  # a row may begin behind the boundary it is read from
+    wanted = min(max(_GATE_PROGRAMS // rows, -(-tiles // _GATE_TILES)), _MOST_GATE_PARTS)
+    each = -(-tiles // wanted)
+    return each * tile, -(-tiles // each)
 
 
 SCALING = Shape(8)
