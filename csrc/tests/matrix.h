@@ -1,6 +1,7 @@
 // Matrices in heap blocks of exactly their size, gaps between rows poisoned, for drivers built with
 // sanitizers.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -119,6 +120,14 @@ class Matrix {
   size_t bytes_, size_ = 0;
   unsigned char* block_ = nullptr;
 };
+
+// Scratch of the size that was asked for, to a cache line.
+template <class Run>
+void with_scratch(size_t bytes, const Run& run) {
+  void* scratch = std::aligned_alloc(64, std::max<size_t>(64, (bytes + 63) / 64 * 64));
+  run(scratch);
+  std::free(scratch);
+}
 
 uint64_t g_state = 1;
 double uniform() {  // splitmix64

@@ -127,14 +127,6 @@ void check_row(const Options& o, const std::vector<double>& z, const Outputs& ou
   }
 }
 
-// Scratch of exactly the size that was asked for.
-template <class Run>
-void with_scratch(size_t bytes, const Run& run) {
-  void* scratch = std::aligned_alloc(64, std::max<size_t>(64, (bytes + 63) / 64 * 64));
-  run(scratch);
-  std::free(scratch);
-}
-
 void check_draws(const Options& o, const kd_side& side, const Matrix& x, const Matrix& bias) {
   constexpr int64_t kDraws = 9;
   const double fixed[kDraws] = {0, 0.999999999, 0.25, 0.5, 0.5, 0.75, 1.0, -1.0, kNaN};
