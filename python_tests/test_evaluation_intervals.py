@@ -58,7 +58,7 @@ def test_coverage_is_about_95_percent() -> None:
 @pytest.mark.parametrize("correlation", [0.15, 0.4])
 @pytest.mark.parametrize(("clusters", "rate"), [(20, 0.3), (40, 0.1), (40, 0.3), (40, 0.6), (100, 0.05), (100, 0.3)])
 def test_coverage_is_95_percent_within_2(clusters: int, rate: float, correlation: float) -> None:
-    inside, plain = covered(clusters, 5, rate, correlation, 4000, 1000)
+    inside, plain = covered(clusters, 5, rate, correlation, 4000, 400)
     assert 0.93 <= inside <= 0.97
     assert plain < inside
 
