@@ -13,9 +13,11 @@ import oracle
 import torch
 from oracle_sparse import SparseCall, draw, keep, shorten
 from shard_cases import CUTS, LABELS, TOLERANCE, Traffic, V, World, close, everywhere, linear_pair, loss, traffic
+from shard_faults import refused
 from torch import Tensor
 
 import kdkernels as kd
+from kdkernels import shard_pages
 
 SEPARABLE = [d for d in cases.ONE_OF_EACH if d.name != "adaptive_kl"]
 
@@ -140,12 +142,23 @@ def case_sparse_bad_rows(world: World) -> None:
     assert torch.equal(mine.grad.isnan(), bad[:, None].expand_as(mine.grad))
     assert bool((mine.grad[4] == 0).all())
     teacher.ids[0, 0] = V
+    refused(ValueError, "teacher.ids", call=lambda: loss(mine, teacher, reduction="none", token_weights=weights))
+
+
+def case_sparse_digest(world: World) -> None:
+    """As on a GPU: a digest of the call rides in the gather; where modes differ, the loss is NaN, then an error."""
+    student, full = cases.pair("ordinary", 5, V, torch.float32)
+    mine, last = student[:, world.columns("even")].clone(), world.rank == world.size - 1
+    whole = loss(mine, keep(full, 6))
+    before = shard_pages.exchanges_always
+    shard_pages.exchanges_always = lambda device: False
     try:
-        loss(mine, teacher, reduction="none", token_weights=weights)
-    except ValueError as error:
-        assert "teacher.ids" in str(error)  # noqa: PT017
-    else:
-        raise AssertionError("ids out of order were taken")
+        assert torch.equal(loss(mine, keep(full, 6)), whole)
+        assert loss(mine, keep(full, 6), sparse_mode="truncate" if last else "ghost").isnan()
+        refused(ValueError, "group", "different calls", call=lambda: loss(mine, keep(full, 6)))
+        assert torch.equal(loss(mine, keep(full, 6)), whole)
+    finally:
+        shard_pages.exchanges_always = before
 
 
 def case_sparse_traffic(world: World) -> None:
