@@ -3,91 +3,32 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "build_facts.gen.h"
-#include "glue.h"
+#include "row_arguments.h"
 
 #define KD_EXPORT __attribute__((visibility("default")))
 
 namespace kd {
 namespace {
 
-struct Sides {  // the scalars of the schema that belong to no tensor
-  double student_scale, student_softcap, teacher_scale, teacher_softcap;
-};
-
-void check_scalars(const Sides& s, int64_t kernel, double a, double b, double temperature, int64_t vocab) {
-  check_finite("student_scale", s.student_scale);
-  check_finite("teacher_scale", s.teacher_scale);
-  require(std::isfinite(s.student_softcap) && s.student_softcap >= 0, "student_softcap is ",
-          s.student_softcap, "; it must be 0 (none) or positive");
-  require(std::isfinite(s.teacher_softcap) && s.teacher_softcap >= 0, "teacher_softcap is ",
-          s.teacher_softcap, "; it must be 0 (none) or positive");
-  require(kernel >= KD_ADAPTIVE_KL && kernel < KD_KERNEL_COUNT, "kernel is ", kernel, "; this build has ids ",
-          KD_ADAPTIVE_KL, " to ", KD_KERNEL_COUNT - 1);
-  check_finite("a", a);
-  check_finite("b", b);
-  require(std::isfinite(temperature) && temperature > 0, "temperature is ", temperature,
-          "; it must be positive");
-  require(vocab >= 1, "vocab is ", vocab, "; it must be at least 1");
-}
-
 void dense_(const Tensor& student, const Tensor& teacher, const OptionalTensor& student_bias,
             const OptionalTensor& teacher_bias, double student_scale, double student_softcap,
             double teacher_scale, double teacher_softcap, const Tensor& w_kd, const OptionalTensor& w_ce,
             const OptionalTensor& labels, int64_t kernel, double a, double b, double temperature,
             int64_t vocab, const Tensor& loss, const OptionalTensor& dlogits, const OptionalTensor& stats) {
-  const Sides sides{student_scale, student_softcap, teacher_scale, teacher_softcap};
-  check_scalars(sides, kernel, a, b, temperature, vocab);
-  const kd_dtype dtype = dtype_of(student);
-  const ScalarType logits = student.scalar_type();
-  const ScalarType acc = dtype == KD_F64 ? ScalarType::Double : ScalarType::Float;
-  require(student.dim() == 2, "student has shape ", shape_text(student),
-          "; it must be a matrix [rows, vocabulary]");
-  const int64_t rows = student.size(0);
-  check_matrix("student", student, logits, rows, vocab);
-  check_matrix("teacher", teacher, logits, rows, vocab);
-  check_bias("student_bias", student_bias, acc, vocab);
-  check_bias("teacher_bias", teacher_bias, acc, vocab);
-  check_per_row("w_kd", w_kd, acc, rows);
-  if (w_ce) check_per_row("w_ce", *w_ce, acc, rows);
-  if (labels) check_per_row("labels", *labels, ScalarType::Long, rows);
-  require(!w_ce || labels, "w_ce is given without labels; pass labels [rows] as well");
-  check_per_row("loss", loss, acc, rows);
-  if (dlogits) check_matrix("dlogits", *dlogits, logits, rows, vocab, /*output=*/true);
-  if (stats) check_per_row("stats", *stats, acc, rows, KD_STATS);
-  if (rows == 0) return;
-
-  // Outputs first: asking for a writable pointer may move a copy-on-write tensor that an input shares.
-  kd_rows args{};
-  args.loss = loss.mutable_data_ptr();
-  args.dlogits = dlogits ? dlogits->mutable_data_ptr() : nullptr;
-  args.stats = stats ? stats->mutable_data_ptr() : nullptr;
-  args.student = {student.const_data_ptr(), student.stride(0), pointer(student_bias), student_scale,
-                  student_softcap};
-  args.teacher = {teacher.const_data_ptr(), teacher.stride(0), pointer(teacher_bias), teacher_scale,
-                  teacher_softcap};
-  args.dtype = dtype;
-  args.rows = rows;
-  args.vocab = vocab;
-  args.kernel = static_cast<int32_t>(kernel);
-  args.a = a;
-  args.b = b;
-  args.temperature = temperature;
-  args.w_kd = w_kd.const_data_ptr();
-  args.w_ce = pointer(w_ce);
-  args.labels = pointer<int64_t>(labels);
-  if (dlogits) {
-    args.dlogits_stride = dlogits->stride(0);
-    args.dlogits_vocab = dlogits->size(1);
-    const int64_t bytes = dtype == KD_F64 ? 8 : dtype == KD_F32 ? 4 : 2;
-    const bool exact =
-        args.dlogits == args.student.data && (rows == 1 || dlogits->stride(0) == student.stride(0));
-    require(exact || !overlap(args.dlogits, *dlogits, args.student.data, student, bytes),
-            "dlogits shares part of student's memory; it must be student itself or apart from it");
-    require(!overlap(args.dlogits, *dlogits, args.teacher.data, teacher, bytes),
-            "dlogits shares memory with teacher; it must be apart from it");
-  }
-  run_rows(rows, vocab, kd_dense_scratch_bytes(&args), [&](int64_t begin, int64_t end, void* scratch) {
+  const SideArguments s{"student", "student_bias", student, student_bias, student_scale, student_softcap};
+  const SideArguments t{"teacher", "teacher_bias", teacher, teacher_bias, teacher_scale, teacher_softcap};
+  const RowArguments given{s, w_kd, w_ce, labels, kernel, a, b, temperature, vocab};
+  const RowOutputs out{loss, dlogits, stats};
+  kd_rows args = given.checked(KD_ADAPTIVE_KL);
+  t.check(student.scalar_type(), given.accumulation(), args.rows, vocab);
+  out.check(given, args.rows);
+  if (args.rows == 0) return;
+  out.take(args);
+  given.take_inputs(args);
+  args.teacher = t.side();
+  args.teacher.data = teacher.const_data_ptr();
+  if (dlogits) check_apart(args, *dlogits, student, &teacher);
+  run_rows(args.rows, vocab, kd_dense_scratch_bytes(&args), [&](int64_t begin, int64_t end, void* scratch) {
     return kd_dense_cpu(&args, begin, end, scratch);
   });
 }

@@ -2,8 +2,7 @@
 // shards.h. Their schemas are in ops.cpp.
 #include <torch/csrc/stable/library.h>
 
-#include "build_facts.gen.h"
-#include "glue.h"
+#include "row_arguments.h"
 #include "shards.h"
 
 namespace kd {
@@ -11,63 +10,32 @@ namespace {
 
 // What the three leaves have in common, in the order of their schemas.
 struct Given {
-  const Tensor &student, &teacher;
-  const OptionalTensor &student_bias, &teacher_bias;
-  double student_scale, student_softcap, teacher_scale, teacher_softcap;
-  const Tensor& w_kd;
-  const OptionalTensor &w_ce, &labels;
-  int64_t kernel;
-  double a, b, temperature;
-  int64_t vocab, offset;
+  SideArguments student, teacher;
+  RowArguments rows;
+  int64_t offset;
   const Tensor& share;
 
-  void check_scalars() const {
-    check_finite("student_scale", student_scale);
-    check_finite("teacher_scale", teacher_scale);
-    require(std::isfinite(student_softcap) && student_softcap >= 0, "student_softcap is ", student_softcap,
-            "; it must be 0 (none) or positive");
-    require(std::isfinite(teacher_softcap) && teacher_softcap >= 0, "teacher_softcap is ", teacher_softcap,
-            "; it must be 0 (none) or positive");
-    require(kernel >= 0 && kernel < KD_KERNEL_COUNT, "kernel is ", kernel, "; shards take ids 0 to ",
-            KD_KERNEL_COUNT - 1);
-    check_finite("a", a);
-    check_finite("b", b);
-    require(std::isfinite(temperature) && temperature > 0, "temperature is ", temperature,
-            "; it must be positive");
-    require(vocab >= 1, "vocab is ", vocab, "; it must be at least 1");
-    require(offset >= 0, "offset is ", offset, "; it must not be negative");
-  }
+  Given(const Tensor& s, const Tensor& t, const OptionalTensor& s_bias, const OptionalTensor& t_bias,
+        double s_scale, double s_softcap, double t_scale, double t_softcap, const Tensor& w_kd,
+        const OptionalTensor& w_ce, const OptionalTensor& labels, int64_t kernel, double a, double b,
+        double temperature, int64_t vocab, int64_t first, const Tensor& own)
+      : student{"student", "student_bias", s, s_bias, s_scale, s_softcap},
+        teacher{"teacher", "teacher_bias", t, t_bias, t_scale, t_softcap},
+        rows{student, w_kd, w_ce, labels, kernel, a, b, temperature, vocab},
+        offset(first),
+        share(own) {}
+  Given(const Given&) = delete;  // rows refers to student
 
   // Everything but what is written.
   kd_shard checked() const {
-    check_scalars();
-    const kd_dtype dtype = dtype_of(student);
-    require(dtype != KD_F64, "student is float64; shards take float32, float16 and bfloat16");
-    require(student.dim() == 2, "student has shape ", shape_text(student),
-            "; it must be a matrix [rows, vocabulary]");
-    const int64_t rows = student.size(0);
-    check_matrix("student", student, student.scalar_type(), rows, vocab);
-    check_matrix("teacher", teacher, student.scalar_type(), rows, vocab);
-    check_bias("student_bias", student_bias, ScalarType::Float, vocab);
-    check_bias("teacher_bias", teacher_bias, ScalarType::Float, vocab);
-    check_per_row("w_kd", w_kd, ScalarType::Float, rows);
-    if (w_ce) check_per_row("w_ce", *w_ce, ScalarType::Float, rows);
-    if (labels) check_per_row("labels", *labels, ScalarType::Long, rows);
-    require(!w_ce || labels, "w_ce is given without labels; pass labels [rows] as well");
-    check_per_row("share", share, ScalarType::Float, rows, KD_SHARE);
+    require(offset >= 0, "offset is ", offset, "; it must not be negative");
+    require(student.x.scalar_type() != ScalarType::Double,
+            "student is float64; shards take float32, float16 and bfloat16");
     kd_shard args{};
-    args.rows.student = {nullptr, student.stride(0), pointer(student_bias), student_scale, student_softcap};
-    args.rows.teacher = {nullptr, teacher.stride(0), pointer(teacher_bias), teacher_scale, teacher_softcap};
-    args.rows.dtype = dtype;
-    args.rows.rows = rows;
-    args.rows.vocab = vocab;
-    args.rows.kernel = static_cast<int32_t>(kernel);
-    args.rows.a = a;
-    args.rows.b = b;
-    args.rows.temperature = temperature;
-    args.rows.w_kd = w_kd.const_data_ptr();
-    args.rows.w_ce = pointer(w_ce);
-    args.rows.labels = pointer<int64_t>(labels);
+    args.rows = rows.checked(0);
+    teacher.check(student.x.scalar_type(), ScalarType::Float, args.rows.rows, rows.vocab);
+    check_per_row("share", share, ScalarType::Float, args.rows.rows, KD_SHARE);
+    args.rows.teacher = teacher.side();
     args.offset = offset;
     return args;
   }
@@ -75,10 +43,14 @@ struct Given {
   // After the pointers of what is written: asking for those may move a copy-on-write tensor.
   template <class Part>
   void run(kd_shard& args, const Part& part) const {
-    args.rows.student.data = student.const_data_ptr();
-    args.rows.teacher.data = teacher.const_data_ptr();
-    run_rows(args.rows.rows, vocab, kd_shard_scratch_bytes(&args),
+    take_inputs(args);
+    run_rows(args.rows.rows, rows.vocab, kd_shard_scratch_bytes(&args),
              [&](int64_t begin, int64_t end, void* scratch) { return part(&args, begin, end, scratch); });
+  }
+
+  void take_inputs(kd_shard& args) const {
+    rows.take_inputs(args.rows);
+    args.rows.teacher.data = teacher.x.const_data_ptr();
   }
 };
 
@@ -105,7 +77,7 @@ float* kept_of(const OptionalTensor& kept, kd_shard& args) {
       teacher_softcap, w_kd, w_ce, labels, kernel, a, b, temperature, vocab, offset, share
 
 void shard_norms_(KD_GIVEN, bool cold, const OptionalTensor& places) {
-  const Given given{KD_PASSED};
+  const Given given(KD_PASSED);
   kd_shard args = given.checked();
   if (places) check_per_row("places", *places, ScalarType::Long, args.rows.rows, 2);
   if (args.rows.rows == 0) return;
@@ -117,7 +89,7 @@ void shard_norms_(KD_GIVEN, bool cold, const OptionalTensor& places) {
 
 void shard_sums_(KD_GIVEN, const Tensor& merged, const OptionalTensor& again, const OptionalTensor& kept,
                  const Tensor& sums) {
-  const Given given{KD_PASSED};
+  const Given given(KD_PASSED);
   kd_shard args = given.checked();
   const int64_t rows = args.rows.rows;
   args.merged = merged_of(merged, rows);
@@ -133,7 +105,7 @@ void shard_sums_(KD_GIVEN, const Tensor& merged, const OptionalTensor& again, co
 }
 
 void shard_gradient_(KD_GIVEN, const Tensor& merged, const OptionalTensor& kept, const Tensor& dlogits) {
-  const Given given{KD_PASSED};
+  const Given given(KD_PASSED);
   kd_shard args = given.checked();
   const int64_t rows = args.rows.rows;
   args.merged = merged_of(merged, rows);
@@ -144,13 +116,8 @@ void shard_gradient_(KD_GIVEN, const Tensor& merged, const OptionalTensor& kept,
   args.rows.dlogits_stride = dlogits.stride(0);
   args.rows.dlogits_vocab = dlogits.size(1);
   args.share = const_cast<float*>(static_cast<const float*>(share.const_data_ptr()));
-  const int64_t bytes = args.rows.dtype == KD_F32 ? 4 : 2;
-  const void *to = args.rows.dlogits, *from = student.const_data_ptr();
-  const bool exact = to == from && (rows == 1 || dlogits.stride(0) == student.stride(0));
-  require(exact || !overlap(to, dlogits, from, student, bytes),
-          "dlogits shares part of student's memory; it must be student itself or apart from it");
-  require(!overlap(to, dlogits, teacher.const_data_ptr(), teacher, bytes),
-          "dlogits shares memory with teacher; it must be apart from it");
+  given.take_inputs(args);
+  check_apart(args.rows, dlogits, student, &teacher);
   given.run(args, kd_shard_gradient);
 }
 

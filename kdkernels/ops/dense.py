@@ -90,13 +90,14 @@ def dense(
 LIBRARY.impl("dense", dense, EVERY_DEVICE)
 
 
-@torch.library.register_fake("kdkernels::dense", lib=LIBRARY)
-def _fake(student: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def fake(student: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes of what an operator returns that takes the student first and these three flags last."""
     per_row, need_grad, need_stats = args[-3:]
     loss, dlogits, stats = outputs(student, need_grad, need_stats)
     return loss if per_row else loss.new_empty(()), dlogits, stats
 
 
+torch.library.register_fake("kdkernels::dense", fake, lib=LIBRARY)
 register_row_autograd("kdkernels::dense", count=14, backend=10)
 
 

@@ -6,13 +6,13 @@ teacher. No dense teacher row is ever built.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kdkernels import divergences, eager_sparse, leaves
-from kdkernels.ops.dense import outputs
+from kdkernels.ops.dense import fake, outputs
 from kdkernels.ops.library import EVERY_DEVICE, LIBRARY, register_row_autograd, summed
 from kdkernels.ops.rows import RowSpec, Side, kernel_id
 from kdkernels.weights import RowWeights
@@ -109,11 +109,5 @@ def sparse(
 LIBRARY.impl("sparse", sparse, EVERY_DEVICE)
 
 
-@torch.library.register_fake("kdkernels::sparse", lib=LIBRARY)
-def _fake(student: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    per_row, need_grad, need_stats = args[-3:]
-    loss, dlogits, stats = outputs(student, need_grad, need_stats)
-    return loss if per_row else loss.new_empty(()), dlogits, stats
-
-
+torch.library.register_fake("kdkernels::sparse", fake, lib=LIBRARY)
 register_row_autograd("kdkernels::sparse", count=17, backend=13)
