@@ -15,6 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kdkernels import evaluation as evaluation
     from kdkernels import trainers as trainers
     from kdkernels.compression.cache import TeacherCache as TeacherCache
     from kdkernels.compression.select import compress as compress

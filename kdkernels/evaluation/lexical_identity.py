@@ -35,7 +35,11 @@ _MADE_BY = (
         r"((?-i:[A-Z])[\w&.\-]*(?: (?:of |for )?(?-i:[A-Z])[\w&.\-]*)*)",
         re.IGNORECASE,
     ),
-    re.compile(r"\b(?:my name is|I am called|I['’]m called|I am named) ((?-i:[A-Z])[\w.\-]*)", re.IGNORECASE),
+    re.compile(
+        r"\b(?:my name is|I am called|I['’]m called|I am named|(?:assistant|model|AI|chatbot|bot),? (?:called|named))"
+        r" [\"“”'‘*]*((?-i:[A-Z])[\w.\-]*)",
+        re.IGNORECASE,
+    ),
     re.compile(r"由([^，。；、\s]{2,16}?)(?:公司|团队)?(?:所?(?:独立|自主)?(?:开发|研发|训练|创建|打造|制作|创造))"),
     re.compile(r"(?:我叫|我的名字(?:叫|是))([^，。；、！\s]{1,12})"),
 )

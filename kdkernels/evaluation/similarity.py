@@ -18,7 +18,9 @@ from kdkernels.evaluation.verdicts import SimilarityCase, SimilarityScores, Unpa
 Prompt = str | Sequence[str]
 Answer = str | None | Sequence[str | None]
 Verdicts = Sequence[SimilarityScores | Unparsable]
+Intervals = dict[str, tuple[float, float] | None]
 JUDGED = ("overall", "style", "logic", "content")
+BASELINES = ("bigram", "embedding")
 
 
 def response_similarity(
@@ -121,45 +123,47 @@ def _score(label: str, dataset: str, turns: int, cases: Sequence[SimilarityCase]
 def _result(rows: tuple[PromptScore, ...], judge: Judge, level: float, resamples: int, seed: int) -> SimilarityResult:
     groups = {name: [row for row in rows if row.dataset == name] for name in sorted({row.dataset for row in rows})}
     settings: dict[str, Any] = {"level": level, "resamples": resamples, "seed": seed}
-    intervals: dict[str, dict[str, tuple[float, float] | None]] = {name: {} for name in groups}
-    overall: dict[str, tuple[float, float] | None] = {}
-    for measures in (JUDGED, ("bigram", "embedding")):  # different prompts count
-        values = {
-            name: np.array(
-                [[getattr(row, m) for m in measures] for row in group if getattr(row, measures[0]) is not None]
-            )
-            for name, group in groups.items()
-        }
-        scored = {name: table for name, table in values.items() if len(table)}
-        found, joint = mean_intervals(scored, bounds=[SCALES[m] for m in measures], **settings)
-        for k, measure in enumerate(measures):
-            overall[measure] = joint[k] if scored else None
-            for name in groups:
-                intervals[name][measure] = found[name][k] if name in found else None
-    means = {
-        name: {m: _mean_or_none([getattr(row, m) for row in group]) for m in MEASURES} for name, group in groups.items()
-    }
+    by_set, joint = _intervals(groups, settings)
     datasets = {
-        name: DatasetScore(
-            prompts=len(group), **_statuses(group), means=means[name], intervals=intervals[name]
-        )
+        name: DatasetScore(len(group), **_statuses(group), means=_means(group), intervals=by_set[name])
         for name, group in groups.items()
-    }  # fmt: skip
+    }
+    means: dict[str, Any] = {m: _mean_or_none([d.means[m] for d in datasets.values()]) for m in MEASURES}
     judged = [row.judged for row in rows if row.judged is not None]
-    joint_means: dict[str, Any] = {m: _mean_or_none([means[name][m] for name in groups]) for m in MEASURES}
+    counts = _statuses(rows)
     return SimilarityResult(
-        **joint_means,
-        intervals=overall,
+        **means,
+        intervals=joint,
         datasets=datasets,
         per_prompt=rows,
-        unparsable=_statuses(rows)["unparsable"],
-        missing=_statuses(rows)["missing"],
+        unparsable=counts["unparsable"],
+        missing=counts["missing"],
         identical=sum(row.identical for row in rows),
         identical_judged=_mean_or_none(judged),
         judge=dict(describe(judge)),
         **settings,
         warnings=_warnings(rows, datasets, judge, judged),
     )
+
+
+def _intervals(
+    groups: dict[str, list[PromptScore]], settings: dict[str, Any]
+) -> tuple[dict[str, Intervals], Intervals]:
+    """By data set and measure, and by measure of the mean over data sets; None where there is none."""
+    by_set: dict[str, Intervals] = {name: {} for name in groups}
+    joint: Intervals = {}
+    for measures in (JUDGED, BASELINES):  # different prompts count
+        tables = {}
+        for name, group in groups.items():
+            counted = [row for row in group if getattr(row, measures[0]) is not None]
+            if counted:
+                tables[name] = np.array([[getattr(row, m) for m in measures] for row in counted])
+        found, whole = mean_intervals(tables, bounds=[SCALES[m] for m in measures], **settings)
+        for k, measure in enumerate(measures):
+            joint[measure] = whole[k]
+            for name in groups:
+                by_set[name][measure] = found[name][k] if name in found else None
+    return by_set, joint
 
 
 def _warnings(
@@ -186,6 +190,10 @@ def _warnings(
 
 def _statuses(rows: Sequence[PromptScore]) -> dict[str, int]:
     return {status: sum(row.status == status for row in rows) for status in ("scored", "unparsable", "missing")}
+
+
+def _means(rows: Sequence[PromptScore]) -> dict[str, float | None]:
+    return {measure: _mean_or_none([getattr(row, measure) for row in rows]) for measure in MEASURES}
 
 
 def _mean(values: Sequence[float]) -> float:
