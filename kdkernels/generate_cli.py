@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,8 @@ def _generate(arguments: argparse.Namespace) -> int:
     from kdkernels.report import generation, page
 
     begin = time.perf_counter()
-    studies = _studies(arguments, prompts)
+    session = _Session(arguments, prompts)
+    studies = [session.study(where) for where in (arguments.student, *arguments.compare)]
     seconds = time.perf_counter() - begin
     if not arguments.quiet:
         _show(studies, arguments.color)
@@ -137,68 +139,83 @@ def _prompt(line: str, where: str, is_json: bool, arguments: argparse.Namespace)
     return text, template
 
 
-def _studies(arguments: argparse.Namespace, prompts: list[tuple[str, str]]) -> list[Any]:
-    """One `Study` for the student, or one for each of the students compared."""
-    import torch
+class _Session:
+    """What every student of a call shares: prompts with their templates and settings, the teacher, the draws."""
 
-    from kdkernels.switch import prompt_templates
-    from kdkernels.trainers import models
+    def __init__(self, arguments: argparse.Namespace, prompts: list[tuple[str, str]]) -> None:
+        import torch
 
-    device = torch.device(_device(arguments.device))
-    dtype = getattr(torch, arguments.dtype)
-    templates = {name: prompt_templates.load(name) for name in dict.fromkeys(t for _, t in prompts)}
-    settings = {name: _settings(arguments, template) for name, template in templates.items()}
-    teacher = models.load_model("teacher", arguments.teacher, dtype).to(device).eval()
-    teacher_words = models.load_tokenizer("teacher", arguments.teacher)
-    studies = []
-    for where in [arguments.student, *arguments.compare]:
-        student = models.load_model("student", where, dtype).to(device).eval()
-        words = _tokenizer(where, teacher_words)
-        studies.append(_study(arguments, where, student, teacher, words, prompts, templates, settings))
-    return studies
+        from kdkernels.switch import prompt_templates
+        from kdkernels.trainers import models
 
+        self.arguments, self.prompts = arguments, prompts
+        self.device, self.dtype = torch.device(_device(arguments.device)), getattr(torch, arguments.dtype)
+        names = dict.fromkeys(template for _, template in prompts)
+        self.templates = {name: prompt_templates.load(name) for name in names}
+        self.settings = {name: _settings(arguments, template) for name, template in self.templates.items()}
+        self.longest = max(s["max_new_tokens"] for s in self.settings.values())
+        generator = torch.Generator().manual_seed(arguments.seed)
+        self.uniforms = torch.rand(len(prompts), self.longest, dtype=torch.float64, generator=generator)
+        self.teacher = models.load_model("teacher", arguments.teacher, self.dtype).to(self.device).eval()
+        self.words = models.load_tokenizer("teacher", arguments.teacher)
 
-def _tokenizer(where: str, teachers: Any) -> Any:
-    """The student's tokenizer, which must be the teacher's; the teacher's where a checkpoint has none."""
-    from kdkernels.trainers import models
+    def study(self, where: str) -> Any:
+        """Everything that one student writes, as a `Study`."""
+        from kdkernels.report.generation import Study, passages_of
+        from kdkernels.switch.output import merged
+        from kdkernels.trainers import models
 
-    try:
-        words = models.load_tokenizer("student", where)
-    except UserError:
-        return teachers
-    models.same_tokenizer(teachers, words)
-    return words
+        student = models.load_model("student", where, self.dtype).to(self.device).eval()
+        words = self._tokenizer(where)
+        outputs: list[Any] = []
+        texts: dict[int, Any] = {}
+        for rows, out in self._batches(student, words):
+            outputs.append(out)
+            texts.update(zip(rows, passages_of(out, words), strict=True))
+        shown: dict[str, Any] = {"template": ", ".join(self.templates)}
+        if len(self.settings) == 1:
+            shown.update(next(iter(self.settings.values())))
+        shown = {k: v for k, v in {**shown, "seed": self.arguments.seed}.items() if v is not None and v is not False}
+        name = where if self.arguments.compare else Path(where).name
+        return Study(name, shown, merged(outputs, 0), [texts[i] for i in range(len(texts))])
 
+    def _tokenizer(self, where: str) -> Any:
+        """The student's tokenizer, which must be the teacher's; the teacher's where a checkpoint has none."""
+        from kdkernels.trainers import models
 
-def _study(
-    arguments: argparse.Namespace, where: str, student: Any, teacher: Any, words: Any,
-    prompts: list[tuple[str, str]], templates: dict[str, Any], settings: dict[str, Any],
-) -> Any:  # fmt: skip
-    """Generate from every prompt, those of one template together."""
-    import torch
+        try:
+            words = models.load_tokenizer("student", where)
+        except UserError:
+            return self.words
+        models.same_tokenizer(self.words, words)
+        return words
 
-    from kdkernels.report.generation import Study, passages_of
-    from kdkernels.switch.output import merged
-    from kdkernels.trainers.run import progress_bar
+    def _batches(self, student: Any, words: Any) -> Iterator[tuple[list[int], Any]]:
+        """(numbers of the prompts, their `SwitchOutput`), prompts of one template together."""
+        from kdkernels.trainers.run import progress_bar
 
-    longest = max(s["max_new_tokens"] for s in settings.values())
-    generator = torch.Generator().manual_seed(arguments.seed)
-    uniforms = torch.rand(len(prompts), longest, dtype=torch.float64, generator=generator)
-    outputs: dict[int, Any] = {}
-    texts: dict[int, Any] = {}
-    with progress_bar(len(prompts) * longest, 0, not arguments.quiet, "token") as bar:
-        for key, template in templates.items():
-            rows = [i for i, (_, name) in enumerate(prompts) if name == key]
-            for begin in range(0, len(rows), arguments.batch_size):
-                batch = rows[begin : begin + arguments.batch_size]
-                ids = [template.ids(words, prompts[i][0]) for i in batch]
-                out = _batch(student, teacher, words, ids, uniforms[batch], settings[key], arguments.measure, bar)
-                outputs[batch[0]] = out
-                texts.update(zip(batch, passages_of(out, words), strict=True))
-    shown = {"template": ", ".join(templates), **(settings[next(iter(settings))] if len(settings) == 1 else {})}
-    shown = {k: v for k, v in {**shown, "seed": arguments.seed}.items() if v not in (None, False)}
-    whole = merged([outputs[i] for i in sorted(outputs)], 0)
-    return Study(where if arguments.compare else Path(where).name, shown, whole, [texts[i] for i in sorted(texts)])
+        size = self.arguments.batch_size
+        with progress_bar(len(self.prompts) * self.longest, 0, not self.arguments.quiet, "token") as bar:
+            for name in self.templates:
+                rows = [i for i, (_, template) in enumerate(self.prompts) if template == name]
+                for begin in range(0, len(rows), size):
+                    batch = rows[begin : begin + size]
+                    yield batch, self._responses(student, words, name, batch, bar)
+
+    def _responses(self, student: Any, words: Any, template: str, rows: list[int], bar: Any) -> Any:
+        import kdkernels as kd
+
+        settings = dict(self.settings[template])
+        greedy = settings.pop("greedy")
+        ids = [self.templates[template].ids(words, self.prompts[i][0]) for i in rows]
+        try:
+            return kd.switch_generate(
+                student, self.teacher, *kd.switch.left_padded(ids, 0), **settings, do_sample=not greedy,
+                uniforms=self.uniforms[rows, : settings["max_new_tokens"]], tokenizer=words,
+                measure=self.arguments.measure, progress=lambda done, most: bar.update(len(ids)),
+            )  # fmt: skip
+        except (TypeError, ValueError) as error:
+            raise UserError(str(error)) from error
 
 
 def _settings(arguments: argparse.Namespace, template: Any) -> dict[str, Any]:
@@ -220,23 +237,6 @@ def _settings(arguments: argparse.Namespace, template: Any) -> dict[str, Any]:
     if chosen["max_new_tokens"] < 1:
         raise UserError(f"max_new_tokens is {chosen['max_new_tokens']}; allowed: at least 1; raise it")
     return chosen
-
-
-def _batch(
-    student: Any, teacher: Any, words: Any, ids: list[list[int]], uniforms: Any, settings: dict[str, Any],
-    measure: str, bar: Any,
-) -> Any:  # fmt: skip
-    import kdkernels as kd
-
-    options = {key: value for key, value in settings.items() if key != "greedy"}
-    try:
-        return kd.switch_generate(
-            student, teacher, *kd.switch.left_padded(ids, 0), **options, do_sample=not settings["greedy"],
-            uniforms=uniforms[:, : settings["max_new_tokens"]], tokenizer=words, measure=measure,
-            progress=lambda done, most: bar.update(len(ids)),
-        )  # fmt: skip
-    except (TypeError, ValueError) as error:
-        raise UserError(str(error)) from error
 
 
 def _show(studies: list[Any], choice: str) -> None:
