@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from kdkernels.evaluation.chat import Chat as Chat
     from kdkernels.evaluation.compare import compare_models as compare_models
     from kdkernels.evaluation.compare_result import ComparisonResult as ComparisonResult
+    from kdkernels.evaluation.diversity import DiversityResult as DiversityResult
+    from kdkernels.evaluation.diversity import response_diversity as response_diversity
     from kdkernels.evaluation.endpoint import EndpointChat as EndpointChat
     from kdkernels.evaluation.identity import identity_consistency as identity_consistency
     from kdkernels.evaluation.identity_result import IdentityResult as IdentityResult
@@ -31,6 +33,7 @@ _HOMES = {
     "Chat": "chat",
     "ChatJudge": "judges",
     "ComparisonResult": "compare_result",
+    "DiversityResult": "diversity",
     "EndpointChat": "endpoint",
     "IdentityResult": "identity_result",
     "Judge": "judges",
@@ -39,6 +42,7 @@ _HOMES = {
     "SimilarityResult": "similarity_result",
     "compare_models": "compare",
     "identity_consistency": "identity",
+    "response_diversity": "diversity",
     "response_similarity": "similarity",
 }
 

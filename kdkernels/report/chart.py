@@ -13,25 +13,33 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 36, 8, 8, 28
 
 @dataclass(frozen=True)
 class Curve:
-    """Values at x = 0, 1, 2, ...; None leaves a gap. ``mark`` is an x at which a vertical line stands."""
+    """Values at x = 0, 1, 2, ..., or at the ascending x in ``at``; None leaves a gap. ``mark`` is an x at which a
+    vertical line stands; ``steps`` keeps a value up to the next x."""
 
     name: str
     values: Sequence[float | None]
     colour: int = 0
     dashed: bool = False
     mark: int | None = None
+    at: Sequence[float] | None = None
+    steps: bool = False
+
+    @property
+    def places(self) -> Sequence[float]:
+        """The x of every value."""
+        return range(len(self.values)) if self.at is None else self.at
 
 
 @dataclass(frozen=True)
 class _Frame:
     """From values to pixels."""
 
-    last: int
+    last: float
     low: float
     high: float
 
     def x(self, at: float) -> float:
-        return _LEFT + (WIDTH - _LEFT - _RIGHT) * at / max(self.last, 1)
+        return _LEFT + (WIDTH - _LEFT - _RIGHT) * at / (self.last or 1)
 
     def y(self, value: float) -> float:
         share = (value - self.low) / (self.high - self.low)
@@ -54,7 +62,7 @@ def chart(caption: str, curves: Sequence[Curve], x_label: str, bounds: tuple[flo
     step = _round_step(high - low, 4)
     if bounds is None:
         low, high = math.floor(low / step) * step, math.ceil(high / step) * step
-    frame = _Frame(max([len(c.values) for c in curves], default=1) - 1, low, high)
+    frame = _Frame(max([x for c in curves for x in c.places], default=0), low, high)
     ticks = [low + i * step for i in range(round((high - low) / step) + 1)]
     inside = "".join([*_axes(frame, ticks, x_label), *(part for c in curves for part in _drawn(c, frame))])
     legend = " ".join(
@@ -80,7 +88,7 @@ def _axes(frame: _Frame, ticks: Sequence[float], x_label: str) -> list[str]:
         y = frame.y(value)
         parts.append(f'<line x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--line)"/>')
         parts.append(_text(_LEFT - 6, y + 4, f"{round(value, 9):g}", "end"))
-    for at in range(0, frame.last + 1, max(1, round(_round_step(max(frame.last, 1), 6)))):
+    for at in range(0, int(frame.last) + 1, max(1, round(_round_step(max(frame.last, 1), 6)))):
         parts.append(_text(frame.x(at), HEIGHT - _BOTTOM + 14, str(at), "middle"))
     parts.append(_text(WIDTH - _RIGHT, HEIGHT - 2, x_label, "end"))
     return parts
@@ -93,13 +101,14 @@ def _text(x: float, y: float, text: str, anchor: str) -> str:
 def _drawn(curve: Curve, frame: _Frame) -> list[str]:
     colour, dash = f"var(--c{curve.colour})", ' stroke-dasharray="5 4"' if curve.dashed else ""
     path, pen_down = [], False
-    for at, value in enumerate(curve.values):
+    for at, value in zip(curve.places, curve.values, strict=True):
         if value is None or not math.isfinite(value):
             pen_down = False
             continue
         y = frame.y(min(max(value, frame.low), frame.high))
         # a lone point is a line of no length, which round ends make a dot
-        path.append(f"{'L' if pen_down else 'M'}{frame.x(at):.1f} {y:.1f}" + ("" if pen_down else "h0"))
+        stair = f"H{frame.x(at):.1f}" if curve.steps and pen_down else ""
+        path.append(stair + f"{'L' if pen_down else 'M'}{frame.x(at):.1f} {y:.1f}" + ("" if pen_down else "h0"))
         pen_down = True
     shape = 'fill="none" stroke-width="1.8" stroke-linecap="round" stroke-linejoin="round"'
     parts = [f'<path d="{"".join(path)}" stroke="{colour}" {shape}{dash}/>'] if path else []
