@@ -82,6 +82,9 @@ def _judge_selection(backend: str, device: torch.device, dtype: torch.dtype, ker
 
 def _judge_gate(backend: str, device: torch.device, dtype: torch.dtype) -> Verdict:
     """Whether ``backend`` decides who speaks, for logits of this device and dtype."""
+    if backend == "triton":
+        why = triton.obstacle(device, dtype)
+        return Verdict(backend, not why, why or f"Triton kernels, {triton.version()}")
     if backend == "cuda":
         why = _why_not_cuda("gate_", device, dtype)
         return Verdict(backend, not why, why or "CUDA kernels of the gate")
