@@ -1,5 +1,8 @@
 """Whose kernels are counted: each contestant's own host code on `counting.ROWS` rows of the case's true vocabulary.
 
+Ours are two: `ours`, the Triton kernels, which serve everything, and `ours:onchip`, the CUDA C++ kernels that `auto`
+takes for forward and reverse KL where `kdkernels.onchip.gains` says so (from an H100 on).
+
 Rivals are optional. Liger-Kernel is counted with its Triton kernel, which it takes on an A100 and, on later GPUs, where
 NVIDIA's CuTe DSL or cuTile are not installed. TRL's chunked divergence takes hidden states only: it is counted for the
 fused cases. `eager` is torch throughout, so it has bytes and no instructions.
@@ -7,7 +10,10 @@ fused cases. `eager` is torch throughout, so it has bytes and no instructions.
 
 from __future__ import annotations
 
+import importlib
 import logging
+import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,28 +23,33 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
-from benchmarks import inputs
+from benchmarks import inputs, machine
 from benchmarks.counting import ROWS, Launched, Recorder, Step
 from benchmarks.rivals import eager
 from benchmarks.rivals import ours as our_rival
 from benchmarks.shapes import MAIN, Case
 
+ON_CHIP = "ours:onchip"
 HIDDEN = 16
 """Hidden sizes while counting: products are not counted, and so need not be large."""
 BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}
 
 
-def _ours(case: Case, given: inputs.Inputs, recorder: Recorder) -> Tensor:
-    import kdkernels as kd
+def _ours(backend: str) -> Callable[[Case, inputs.Inputs, Recorder], Tensor]:
+    def loss(case: Case, given: inputs.Inputs, recorder: Recorder) -> Tensor:
+        import kdkernels as kd
 
-    chosen = our_rival.divergence(case.divergence)
-    if isinstance(given, inputs.DenseInputs):
-        (logits,) = given.student()
-        return kd.distillation_loss(logits, given.teacher, chosen, inplace=True, backend="triton")
-    student = kd.LinearLogits(given.hidden, given.weight)
-    teacher = kd.LinearLogits(given.teacher_hidden, given.teacher_weight)
-    return kd.distillation_loss(student, teacher, chosen, backend="triton")
+        chosen = our_rival.divergence(case.divergence)
+        if isinstance(given, inputs.DenseInputs):
+            (logits,) = given.student()
+            return kd.distillation_loss(logits, given.teacher, chosen, inplace=True, backend=backend)
+        student = kd.LinearLogits(given.hidden, given.weight)
+        teacher = kd.LinearLogits(given.teacher_hidden, given.teacher_weight)
+        return kd.distillation_loss(student, teacher, chosen, backend=backend)
+
+    return loss
 
 
 @contextmanager
@@ -52,6 +63,31 @@ def our_host_code(recorder: Recorder) -> Iterator[None]:
         mock.patch.object(kdkernels.triton, "obstacle", return_value=""),
         mock.patch.object(launch, "architecture", return_value=major),
         mock.patch.object(launch, "start", recorder.start),
+    ):
+        yield
+
+
+@contextmanager
+def our_chip_code(recorder: Recorder) -> Iterator[None]:
+    """Besides, the kernels that keep rows on chip take all that they can."""
+    tests = str(machine.ROOT / "python_tests")
+    if tests not in sys.path:
+        sys.path.append(tests)
+    from kdkernels import onchip
+
+    server = importlib.import_module("emulated_onchip").OnChip(recorder.emulator.target, recorder.emulator.settings)
+    server.clusters = 1
+
+    def start(launch: onchip.Launch) -> None:
+        with _disable_current_modes():
+            server.start(launch)
+        recorder.note("kl_onchip", server.reports[-1], [launch.student, launch.teacher])
+
+    with (
+        our_host_code(recorder),
+        mock.patch.object(onchip, "obstacle", return_value=""),
+        mock.patch.object(onchip, "gains", return_value=True),
+        mock.patch.object(onchip, "start", start),
     ):
         yield
 
@@ -145,6 +181,7 @@ class Counted:
         ops, divergences: what it computes.
         around: a context that holds for forward and backward.
         rows: (case, target) -> rows of logits that exist at a time.
+        targets: compute capabilities, times ten, that it has kernels for.
     """
 
     name: str
@@ -154,19 +191,31 @@ class Counted:
     divergences: tuple[str, ...] = MAIN
     around: Callable[[Recorder], Any] = _as_it_is
     rows: Callable[[Case, int], int] = _all_rows
+    targets: tuple[int, ...] = (80, 90, 100)
 
     def absent(self) -> str:
         """What to do about it if it is not installed, else ""."""
+        if self.name == ON_CHIP and shutil.which("nvcc") is None:
+            return "nvcc compiles it and is not on PATH: install the CUDA toolkit"
         module, requirement = self.module
         return "" if find_spec(module) else f"{module} is not installed: pip install --no-deps {requirement}"
 
-    def serves(self, case: Case) -> bool:
-        """Whether it computes the case."""
-        return case.op in self.ops and case.divergence in self.divergences
+    def serves(self, case: Case, target: int) -> bool:
+        """Whether it computes the case on a GPU of this compute capability, times ten."""
+        return case.op in self.ops and case.divergence in self.divergences and target in self.targets
 
 
 CONTESTANTS = (
-    Counted("ours", _ours, ("triton", "triton"), around=our_host_code, rows=_our_rows),
+    Counted("ours", _ours("triton"), ("triton", "triton"), around=our_host_code, rows=_our_rows),
+    Counted(
+        ON_CHIP,
+        _ours("cuda"),
+        ("triton", "triton"),
+        divergences=("forward_kl", "reverse_kl"),
+        around=our_chip_code,
+        rows=_our_rows,
+        targets=(90, 100),
+    ),
     Counted("liger", _liger, ("liger_kernel", "liger-kernel==0.8.5"), rows=_liger_rows),
     Counted("trl", _trl, ("trl", "trl==1.16.0"), ops=("linear",), around=_trl_host_code),
     Counted("eager", _eager),

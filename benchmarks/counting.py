@@ -81,9 +81,12 @@ class Recorder(TorchDispatchMode):
         """A launch, as `kdkernels.triton.launch.start` makes one; one that gets no logits is not noted."""
         with _disable_current_modes():
             self.emulator.start(kernel, grid, arguments, options)
-        found = self.emulator.reports[-1]
+        self.note(kernel.__name__, self.emulator.reports[-1], [x for x in arguments.values() if isinstance(x, Tensor)])
+
+    def note(self, name: str, found: Any, given: list[Tensor]) -> None:
+        """Adds the report of a kernel that was given these tensors."""
         loads = found.load_sectors + found.atomic_sectors
-        operands = {x.data_ptr(): logits_bytes(x) for x in arguments.values() if isinstance(x, Tensor)}
+        operands = {x.data_ptr(): logits_bytes(x) for x in given}
         if not any(operands.values()):
             return
         counts = (
@@ -94,7 +97,7 @@ class Recorder(TorchDispatchMode):
             found.warp_instructions,
             found.special,
         )
-        self._add(Step(kernel.__name__, "compiled", 1, *(count / self.pairs for count in counts)))
+        self._add(Step(name, "compiled", 1, *(count / self.pairs for count in counts)))
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:

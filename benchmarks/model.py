@@ -112,7 +112,7 @@ def count(cases: Sequence[Case], device: Device) -> dict[str, Any]:
     absent = {c.name: c.absent() for c in counted.CONTESTANTS if c.absent()}
     for case in cases:
         for contestant in counted.CONTESTANTS:
-            if contestant.serves(case) and contestant.name not in absent:
+            if contestant.serves(case, device.target) and contestant.name not in absent:
                 steps, rows = counted.steps(contestant, case, device.target), contestant.rows(case, device.target)
                 found.append(entry(case, contestant.name, steps, device, rows))
     return {"model": found, "not_counted": absent}
@@ -142,16 +142,17 @@ def main(name: str, words: str = "", out: Path | None = None) -> int:
 
     Args:
         name: of `DEVICES`.
-        words: comma-separated; "topk" alone asks for the bounds of selection (`topk`).
+        words: comma-separated; "topk" or "gate" alone asks for the bounds of `topk` or `gate_model`.
         out: the JSON; by default benchmarks/results/model-<name>.json, if all cases are counted.
 
     Returns:
         The exit status.
     """
-    from benchmarks import gpu_report, topk
+    from benchmarks import gate_model, gpu_report, topk
 
-    if words == topk.WORD:
-        return topk.show([name], out)
+    for bounds in (topk, gate_model):
+        if words == bounds.WORD:
+            return bounds.show([name], out)
     error = counted.CONTESTANTS[0].absent()
     try:
         cases = shapes.select(CASES, words)

@@ -11,25 +11,18 @@ and its replacement is perfect; none of it. On chip there is no second sweep.
 from __future__ import annotations
 
 import argparse
-import importlib
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import pytest
-import torch
 
 from benchmarks import counted, machine, model, results
 from benchmarks.counting import ROWS, SECTOR, Step
 from benchmarks.devices import DEVICES, Device
 from benchmarks.report import table
-from benchmarks.shapes import Case
+from benchmarks.shapes import ITEMSIZE, Case
 from kdkernels import onchip
-from kdkernels.ops.rows import RowSpec, Side, divergence_rows_
 from kdkernels.triton import launch
-from kdkernels.weights import RowWeights
 
 RESULT = machine.ROOT / "benchmarks" / "results" / "model-onchip.json"
 VOCABULARIES = (32000, 49152, 128256, 151936, 262144)
@@ -38,7 +31,6 @@ DEVICE_NAMES = ("h100", "h200", "b200")
 served by its cache anyway."""
 TOKENS, FEW = 512, 16
 """Rows of a training step; and few, which the Triton kernels spread over as many multiprocessors."""
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -70,30 +62,10 @@ class Comparison:
         return self.shared / self.on_chip
 
 
-def count_triton(case: Case, target: int) -> Step:
-    """The Triton kernel's share of a loss."""
-    ours = next(c for c in counted.CONTESTANTS if c.name == "ours")
-    return next(step for step in counted.steps(ours, case, target) if step.name == "dense_kernel")
-
-
-def count_on_chip(case: Case, target: int) -> Step:
-    """The same rows by the on-chip kernel, on one cluster."""
-    tests = str(machine.ROOT / "python_tests")
-    if tests not in sys.path:
-        sys.path.append(tests)
-    serve: Callable[..., Any] = importlib.import_module("emulated_onchip").serve
-    settings = importlib.import_module("ptx").Settings(check_races=False)
-    draw, dtype = torch.Generator().manual_seed(0), _DTYPES[case.dtype]
-    student, teacher = ((3 * torch.randn(ROWS, case.V, generator=draw)).to(dtype) for _ in range(2))
-    with pytest.MonkeyPatch.context() as patch:
-        emulator = serve(patch, target, settings)
-        emulator.clusters = 1
-        weights, spec = RowWeights(torch.ones(ROWS), None, None), RowSpec(case.divergence, 0.0, 0.0, 1.0, case.V)
-        divergence_rows_("cuda", Side(student), Side(teacher), weights, spec, torch.empty(ROWS), student, None)
-    (found,) = emulator.reports
-    sectors = (found.load_sectors, found.store_sectors, found.load_sectors)
-    counts = (*sectors, found.thread_instructions, found.warp_instructions, found.special)
-    return Step("on chip", "compiled", 1, *(count / (ROWS * case.V) for count in counts))
+def count(name: str, kernel: str, case: Case, target: int) -> Step:
+    """The kernel's share of a loss by one of our contestants."""
+    ours = next(c for c in counted.CONTESTANTS if c.name == name)
+    return next(step for step in counted.steps(ours, case, target) if step.name == kernel)
 
 
 def kept_share(case: Case, device: Device) -> float:
@@ -125,8 +97,8 @@ def compare(case: Case, name: str, triton: Step, chip: Step) -> Comparison:
 
 def cases() -> list[Case]:
     """What is compared, on every GPU. Reverse KL has one special function less and is bound alike."""
-    found = [Case("dense", "forward_kl", dtype, TOKENS, vocab) for dtype in _DTYPES for vocab in VOCABULARIES]
-    found += [Case("dense", "forward_kl", dtype, FEW, 128256) for dtype in _DTYPES]
+    found = [Case("dense", "forward_kl", dtype, TOKENS, vocab) for dtype in ITEMSIZE for vocab in VOCABULARIES]
+    found += [Case("dense", "forward_kl", dtype, FEW, 128256) for dtype in ITEMSIZE]
     return [case for case in found if onchip.plan(case.V * case.itemsize) is not None]
 
 
@@ -138,7 +110,8 @@ def comparisons() -> Iterator[Comparison]:
         for case in cases():
             key = replace(case, N=ROWS), target
             if key not in counts:
-                counts[key] = count_triton(case, target), count_on_chip(case, target)
+                triton = count("ours", "dense_kernel", case, target)
+                counts[key] = triton, count(counted.ON_CHIP, "kl_onchip", case, target)
             yield compare(case, name, *counts[key])
 
 

@@ -116,6 +116,25 @@ def test_ours_reads_both_sides_twice_and_leaves_the_gradient_alone() -> None:
     assert scale.store_sectors == 0
 
 
+@pytest.mark.skipif(bool(contestant("ours:onchip").absent()), reason="no nvcc here")
+def test_our_kernels_on_chip_stand_beside_those_of_triton() -> None:
+    """Each by its name; on GPUs without clusters, and for a divergence that is no KL, there is one."""
+    chip, case = contestant("ours:onchip"), Case("dense", "forward_kl", "bf16", 512, SHORT)
+    kernel = counted.steps(chip, case, 90)[0]
+    assert kernel.name == "kl_onchip"
+    assert 32 * kernel.load_sectors == pytest.approx(4, rel=0.03)
+    assert 32 * kernel.store_sectors == pytest.approx(2, rel=0.03)
+    assert [chip.serves(case, target) for target in (80, 90, 100)] == [False, True, True]
+    assert not chip.serves(replace(case, divergence="jsd"), 90)
+    entries = [
+        model.entry(case, c.name, counted.steps(c, case, 90), DEVICES["h100"], 512) for c in (contestant("ours"), chip)
+    ]
+    assert entries[1]["bound_ms"] <= 0.65 * entries[0]["bound_ms"]
+    text = gpu_report.model_table({"model": entries})
+    assert "forward KL 512 x 4096 bf16, Triton" in text
+    assert "forward KL 512 x 4096 bf16, on chip" in text
+
+
 def test_rows_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case("dense", "jsd", "bf16", 512, SHORT)
     two = counted.steps(contestant("ours"), case, 90)[0]
