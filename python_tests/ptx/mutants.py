@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import struct
 from collections.abc import Iterator
 
 
@@ -54,6 +55,29 @@ class Mutants:
         pattern = r"^[ \t]*((shfl\.sync\.bfly\.b32\s+[^,]+,\s*[^,]+,)\s*\d+(,[^;]*;))"
         return list(self._changed("shuffle distance 0", pattern, r"\2 0\3"))
 
+    def maxima(self) -> list[Mutant]:
+        """Each maximum of floating-point numbers made a minimum."""
+        return list(self._changed("minimum for maximum", r"^[ \t]*(max((?:\.NaN)?\.f32[^;]*;))", r"min\2"))
+
+    def bounds(self) -> list[Mutant]:
+        """Each comparison of signed integers off by one: equal numbers go to the other side."""
+        kind, swapped = "bound off by one", {"lt": "le", "le": "lt", "gt": "ge", "ge": "gt"}
+        pairs = [(rf"^[ \t]*(setp\.{old}(\.s(?:32|64)[^;]*;))", rf"setp.{new}\2") for old, new in swapped.items()]
+        return [mutant for pattern, new in pairs for mutant in self._changed(kind, pattern, new)]
+
+    def replacements(self, *constants: float) -> list[Mutant]:
+        """Each choice between a register and one of these constants left to the register."""
+        words = "|".join("0f" + struct.pack(">f", constant).hex().upper() for constant in constants)
+        first, second = rf"(?:{words}),\s*(%\w+)", rf"(%\w+),\s*(?:{words})"
+        kind, opcode = "replacement dropped", r"^[ \t]*(selp\.[bf]32(\s+%\w+,\s*)"
+        patterns = [rf"{opcode}{choice},\s*%\w+;)" for choice in (first, second)]
+        return [mutant for pattern in patterns for mutant in self._changed(kind, pattern, r"mov.b32\2\3;")]
+
+    def stores(self, distance: int) -> list[Mutant]:
+        """Each global store that many bytes further on: into the next row, if rows are as long."""
+        pattern = r"^[ \t]*(((?:@!?%\w+\s+)?st\.global[^\[;]*\[\s*%\w+\s*)(?:\+\s*0\s*)?(\][^;]*;))"
+        return list(self._changed("store displaced", pattern, rf"\2 + {distance} \3"))
+
     def everything(self) -> list[Mutant]:
-        """All of them."""
+        """Those that need no number: barriers, waits, masks, shuffles."""
         return [*self.barriers(), *self.waits(), *self.masks(), *self.shuffles()]
