@@ -214,3 +214,6 @@ def test_the_public_function_takes_it_and_nothing_unwritten_is_read(served: Serv
         found = kd.switch_gate(student, teacher, 0.1, uniforms=given.uniforms, top_p=0.95, backend="triton")
     assert_right(Decision(found.token, found.from_teacher, found.jsd), given)
     assert len(emulator.reports) == 3
+    for sides in ((student.double(), teacher), (student, teacher.double())):
+        with pytest.raises(ValueError, match="serves float32, bfloat16 and float16"):
+            kd.switch_gate(*sides, 0.1, backend="triton")

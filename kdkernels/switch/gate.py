@@ -91,7 +91,8 @@ def switch_gate(
         found = gate_shards.decide(student, teacher, bits, Sampling(draws, *sampling), vocab_size, group, backend)
         _check_values(found, student, teacher, vocab, bits, draws)
         return found
-    serving = _serving(backend, student.device.type, student.dtype)
+    widest = teacher.dtype if teacher.dtype == torch.float64 else student.dtype
+    serving = _serving(backend, student.device.type, widest)
     operands = (*_operands(student), *_operands(teacher), bits, draws, *sampling, vocab, serving)
     decision = gate(*operands) if _plain(student, teacher) else SwitchDecision(*torch.ops.kdkernels.gate(*operands))
     _check_values(decision, student, teacher, vocab, bits, draws)
