@@ -181,6 +181,13 @@ def test_uniforms_at_their_ends(backend: str) -> None:
         assert ends == [kept[0], kept[-1]]
 
 
+def test_the_last_of_many(backend: str) -> None:
+    """A number that rounding takes beyond the sum of all masses."""
+    zs, _ = pair(40, 1001, (torch.float32, torch.float32), scale=1.0)
+    u = torch.full((40,), 1 - 2.0**-53, dtype=torch.float64)
+    assert (kd.switch_gate(zs, zs, 1.0, uniforms=u, backend=backend).token >= 999).all()
+
+
 def test_most_likely(backend: str) -> None:
     zs, zt = pair(4, 9001, (torch.bfloat16, torch.bfloat16))
     zs, zt = zs.round(), zt.round()  # many equal to the largest

@@ -242,6 +242,7 @@ int64_t search(const Speaker& s, int64_t block, float reference, double target) 
     }
   };
   look(0, n, kRunOfVectors);
+  if (!within) target = INFINITY;  // rounding: the last entry with any mass
   within = false;
   const int run = at;
   look(run, run + kRunOfVectors < n ? run + kRunOfVectors : n, kWidth);
