@@ -192,7 +192,7 @@ class _Session:
 
     def _batches(self, student: Any, words: Any) -> Iterator[tuple[list[int], Any]]:
         """(numbers of the prompts, their `SwitchOutput`), prompts of one template together."""
-        from kdkernels.trainers.run import progress_bar
+        from kdkernels.trainers.progress import progress_bar
 
         size = self.arguments.batch_size
         with progress_bar(len(self.prompts) * self.longest, 0, not self.arguments.quiet, "token") as bar:

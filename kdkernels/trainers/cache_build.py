@@ -25,8 +25,8 @@ from kdkernels.trainers.cache_config import CacheConfig
 from kdkernels.trainers.cached import TEXT_OPTIONS
 from kdkernels.trainers.heads import Head, check_head, head_of, hidden_states
 from kdkernels.trainers.models import load_model, load_tokenizer, tokenizer_hash
+from kdkernels.trainers.progress import progress_bar
 from kdkernels.trainers.ranks import Ranks
-from kdkernels.trainers.run import progress_bar
 from kdkernels.trainers.setup import pick_device
 from kdkernels.trainers.signals import Interrupted, StopSignals
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import platform
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from kdkernels.trainers.domain_order import domains_of
 from kdkernels.trainers.heldout import measure
 from kdkernels.trainers.logbook import Logbook, peak_rss_mib
 from kdkernels.trainers.optim import build_optimizer, learning_rate
+from kdkernels.trainers.progress import progress_bar
 from kdkernels.trainers.setup import Setup, save_student, saved_dtype
 from kdkernels.trainers.signals import Interrupted, StopSignals
 
@@ -279,13 +279,3 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
-
-
-def progress_bar(total: int, done: int, progress: bool, unit: str = "step") -> Any:
-    """A tqdm bar on stderr; in a log file it writes a line only now and then."""
-    from kdkernels.optional import need
-
-    interval = 0.5 if sys.stderr.isatty() else 20.0
-    return need("tqdm", "the progress bar").tqdm(
-        total=total, initial=done, unit=unit, disable=not progress, mininterval=interval, dynamic_ncols=True
-    )
