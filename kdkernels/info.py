@@ -73,9 +73,11 @@ def _backend(name: str) -> dict[str, Any]:
     verdict = backends.judge(name, device, torch.float32, "forward_kl")
     if name != "cuda":
         return {"available": verdict.serves, "reason": verdict.reason}
-    selection = backends.judge(name, device, torch.float32, backends.SELECTION)
-    reason = f"selection: {selection.reason}; losses: {verdict.reason}"
-    return {"available": verdict.serves or selection.serves, "reason": reason}
+    selection, gate = (
+        backends.judge(name, device, torch.float32, kernel) for kernel in (backends.SELECTION, backends.GATE)
+    )
+    reason = f"selection: {selection.reason}; gate: {gate.reason}; losses: {verdict.reason}"
+    return {"available": verdict.serves or selection.serves or gate.serves, "reason": reason}
 
 
 def describe() -> dict[str, Any]:
