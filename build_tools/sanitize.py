@@ -25,7 +25,7 @@ CODEC_BLOCKS = 500  # damaged 20 ways each
 EVERY = {"thread": "7"}  # thread sanitizing looks at sharing, not at tails: a seventh of the cases will do
 
 
-DRIVERS = ("rows_sweep", "topk_sweep", "sparse_sweep", "shards_sweep")
+DRIVERS = ("rows_sweep", "topk_sweep", "sparse_sweep", "shards_sweep", "gate_sweep")
 
 
 def build(sanitize: str, jobs: int) -> list[Path]:
