@@ -36,8 +36,8 @@ def echo(messages: list[dict[str, str]]) -> str:
 @pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.soak)])
 def test_with_a_fifth_of_requests_failing_none_is_lost_and_none_doubled(count: int, tmp_path: Path) -> None:
     prompts = [f"prompt {i}" for i in range(count)]
-    with ChatServer(echo, faults=0.2).running() as server:
-        chat = EndpointChat("m", server.url, timeout=0.25, retry_delay=0.01, concurrency=16)
+    with ChatServer(echo, faults=0.2, hang=2.5).running() as server:
+        chat = EndpointChat("m", server.url, timeout=2.0, retry_delay=0.01, concurrency=16)
         cached = CachedChat(chat, tmp_path / "replies.sqlite")
         seen = list(cached.replies([user(p) for p in prompts]))
     assert sorted(index for index, _ in seen) == list(range(count))
@@ -152,7 +152,7 @@ def test_the_key_goes_to_the_endpoint_and_nowhere_else(tmp_path: Path, capfd: py
 
 
 def test_concurrency_and_rates_are_kept() -> None:
-    with ChatServer(echo, delay=0.02).running() as server:
+    with ChatServer(echo, delay=0.1).running() as server:
         ask(EndpointChat("m", server.url, concurrency=3), [user(f"p {i}") for i in range(12)])
         assert server.most == 3
     with ChatServer(echo).running() as server:
