@@ -66,7 +66,7 @@ def sparse_shape(vocab: int, itemsize: int, stats: bool, major: int) -> Shape:
     return Shape(min(warps, 8), 96) if stats else Shape(warps, 64)
 
 
-GATE, GATE_DECIDE = Shape(4), Shape(8)
+GATE, GATE_DECIDE = Shape(4), Shape(8, _REGISTERS)
 """Of the gate: sweeps of parts of a row, and the program that decides on a row."""
 GATE_SEARCH = 1024
 """Entries that the latter looks at together."""
