@@ -17,6 +17,7 @@ GROUPS = {
     "teacher": "models",
     "data": "text",
     "divergence": "loss",
+    "on_policy": "text that the student writes (SWITCH, GKD)",
     "steps": "training",
     "eval_before": "evaluation, metrics, checkpoints",
 }
@@ -69,7 +70,9 @@ class DistillConfig:
     ddk_blocks: int = _option(500, "held-out blocks of each domain that are measured")
     mix: str = _option("proportional", "domains drawn by their size, or in equal parts", choices=MIXES)
 
-    divergence: str = _option("forward_kl", "divergence by name (kdkernels info lists them)")
+    divergence: str = _option(
+        "", "divergence by name (kdkernels info lists them); skew_reverse_kl with --on-policy, else forward_kl"
+    )
     divergence_args: dict[str, float] = field(
         default_factory=dict, metadata=_about("a parameter of the divergence: NAME=VALUE; repeat for more")
     )
@@ -81,6 +84,27 @@ class DistillConfig:
     vocab_size: int = _option(0, "real vocabulary where heads are padded (0: the smaller head, checked)")
     chunk_mib: float = _option(0.0, "memory for one chunk of logits, MiB (0: the library's choice)", free=True)
     backend: str = _option("auto", "backend of the loss")
+    lm_data: str = _option("", "a second text, laid out as --data, for a language-model loss beside the distillation")
+    lm_weight: float = _option(1.0, "weight of the cross-entropy on --lm-data")
+
+    on_policy: bool = _option(False, "train part of the steps on text that the student writes and the teacher corrects")
+    generated_share: float = _option(0.5, "probability that a step is of written text (0: none, 1: all)")
+    gate: str = _option(
+        "exponential", "threshold schedule of the teacher's word, NAME[:TAU0[,DECAY]] as in `kdkernels generate`; "
+        "constant:1 lets the student write alone (GKD)"
+    )  # fmt: skip
+    max_new_tokens: int = _option(128, "the most tokens of a response")
+    sample_temperature: float = _option(1.0, "temperature of sampling")
+    prompts: str = _option(
+        "", "file of prompts: .txt, one a line; .jsonl with `prompt` and, if all have one, `response`, which then is "
+        "the text of the other steps (default: beginnings of documents)"
+    )  # fmt: skip
+    prompt_template: str = _option("plain", "template of the file's prompts, as in `kdkernels generate`")
+    prompt_tokens: int = _option(32, "tokens of a document that make a prompt, at most half of it")
+    write_batch: int = _option(0, "sequences written at a time (0: all of a step)")
+    replay: int = _option(0, "written sequences kept to be trained on again (0: none)")
+    replay_share: float = _option(0.5, "probability that a step of written text takes kept sequences")
+    replay_age: int = _option(100, "steps after which a sequence is trained on no more")
 
     steps: int = _option(1000, "optimiser steps")
     batch_size: int = _option(8, "blocks per forward pass")
@@ -107,6 +131,10 @@ class DistillConfig:
     save_dtype: str = _option("auto", "dtype of the saved student (auto: as computed)", choices=DTYPES, free=True)
     resume: bool = _option(False, "continue the run in `output`, or start it where there is none", free=True)
 
+    def __post_init__(self) -> None:
+        if not self.divergence:
+            object.__setattr__(self, "divergence", "skew_reverse_kl" if self.on_policy else "forward_kl")
+
     def validate(self) -> DistillConfig:
         """Raise `UserError` for the first value that cannot work; returns self."""
         needed = ["student"] if self.cache and not self.cuts_teacher else ["teacher", "student"]
@@ -128,22 +156,45 @@ class DistillConfig:
             "keep",
             "ddk_interval",
             "ddk_blocks",
+            "max_new_tokens",
+            "prompt_tokens",
         ):
             _require(getattr(self, name) >= 1, name, str(getattr(self, name)), "at least 1", "raise it")
         _require(self.block_size >= 2, "block_size", str(self.block_size), "at least 2 tokens", "raise it")
-        for name in ("warmup", "save_every", "eval_every", "vocab_size", "seed"):
+        for name in (
+            "warmup",
+            "save_every",
+            "eval_every",
+            "vocab_size",
+            "seed",
+            "write_batch",
+            "replay",
+            "replay_age",
+        ):
             _require(getattr(self, name) >= 0, name, str(getattr(self, name)), "0 or more", "raise it")
-        for name in ("kd_weight", "ce_weight", "weight_decay", "clip", "chunk_mib"):
+        for name in ("kd_weight", "ce_weight", "weight_decay", "clip", "chunk_mib", "lm_weight"):
             _require(getattr(self, name) >= 0, name, str(getattr(self, name)), "0 or more", "raise it")
-        for name in ("lr", "temperature"):
+        for name in ("lr", "temperature", "sample_temperature"):
             _require(getattr(self, name) > 0, name, str(getattr(self, name)), "above 0", "raise it")
-        for name in ("beta1", "beta2", "min_lr", "ddk_alpha"):
+        for name in ("beta1", "beta2", "min_lr", "ddk_alpha", "generated_share", "replay_share"):
             _require(0 <= getattr(self, name) <= 1, name, str(getattr(self, name)), "0 to 1", "correct it")
         _require(not (self.ddk and self.cache), "ddk", "on", "off with --cache", "a teacher model is measured")
         _require(0 < self.held_out < 1, "held_out", str(self.held_out), "between 0 and 1", "0.05 is usual")
         _require(self.warmup < self.steps, "warmup", str(self.warmup), f"below steps ({self.steps})", "lower it")
         _require(self.kd_weight + self.ce_weight > 0, "kd_weight", "0", "above 0 where ce_weight is 0", "raise one")
+        _require(not self.lm_data or self.lm_weight > 0, "lm_weight", "0", "above 0 with --lm-data", "raise it")
+        if self.on_policy:
+            self._validate_on_policy()
+        else:
+            _require(not self.prompts, "prompts", repr(self.prompts), "'' without --on-policy", "add it")
         return self
+
+    def _validate_on_policy(self) -> None:
+        _require(not self.cache, "on_policy", "on", "off with --cache", "the teacher judges text that is new")
+        _require(self.kd_weight > 0, "kd_weight", "0", "above 0 with --on-policy", "written text has no other loss")
+        rows = self.batch_size * self.accumulate
+        few = f"0, or at least the {rows} sequences of a step"
+        _require(self.replay == 0 or self.replay >= rows, "replay", str(self.replay), few, "raise it")
 
     @property
     def cuts_teacher(self) -> bool:

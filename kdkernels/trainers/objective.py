@@ -48,16 +48,20 @@ class Objective:
     device: torch.device
     cached: CachedTeacher | None = None  # in the place of teacher and teacher_head
 
-    def __call__(self, batch: dict[str, torch.Tensor], items: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(
+        self, batch: dict[str, torch.Tensor], items: int, kd_weight: float | None = None, ce_weight: float | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(loss, sums [4] of divergence, nll, top-1 agreement, student entropy over the tokens that count).
 
         batch: `input_ids`, `position_ids`, `labels` [B, L]. items: the tokens that count in the whole
-        accumulated batch.
+        accumulated batch. kd_weight, ce_weight: in the place of the configuration's.
         """
         config = self.config
+        kd_weight = config.kd_weight if kd_weight is None else kd_weight
+        ce_weight = config.ce_weight if ce_weight is None else ce_weight
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             hidden = hidden_states(self.student, batch)
-        teacher = self._teacher_logits(batch, hidden)
+        teacher = self._teacher_logits(batch, hidden, kd_weight)
         out = kd.distillation_loss(
             self.student_head.logits(hidden, self.dtype),
             teacher,
@@ -65,8 +69,8 @@ class Objective:
             temperature=config.temperature,
             temperature_scaling=config.temperature_scaling,
             labels=batch["labels"],
-            ce_weight=config.ce_weight,
-            kd_weight=config.kd_weight,
+            ce_weight=ce_weight,
+            kd_weight=kd_weight,
             shift=True,
             num_items=items,
             vocab_size=self.vocab_size,
@@ -85,9 +89,9 @@ class Objective:
         return self.cached.mode(self.config.sparse_mode)
 
     def _teacher_logits(
-        self, batch: dict[str, torch.Tensor], hidden: torch.Tensor
+        self, batch: dict[str, torch.Tensor], hidden: torch.Tensor, kd_weight: float
     ) -> kd.LinearLogits | kd.SparseLogits:
-        if self.config.kd_weight == 0:  # the teacher would be ignored: spare its forward pass
+        if kd_weight == 0:  # the teacher would be ignored: spare its forward pass
             return uniform_teacher(hidden.detach().to(self.dtype), self.student_head.vocab)
         if self.cached is not None:
             return self.cached.of(batch["input_ids"], self.config.temperature)

@@ -17,11 +17,15 @@ from kdkernels.trainers import checkpoint
 from kdkernels.trainers.config import DistillConfig
 from kdkernels.trainers.domain_order import domains_of
 from kdkernels.trainers.heldout import measure
+from kdkernels.trainers.language import LanguageStream
 from kdkernels.trainers.logbook import Logbook, peak_rss_mib
+from kdkernels.trainers.on_policy import WritingStopped
+from kdkernels.trainers.on_policy_text import OnPolicyText
 from kdkernels.trainers.optim import build_optimizer, learning_rate
 from kdkernels.trainers.progress import progress_bar
 from kdkernels.trainers.setup import Setup, save_student, saved_dtype
 from kdkernels.trainers.signals import Interrupted, StopSignals
+from kdkernels.trainers.tally import Window
 
 Scores = dict[str, dict[str, float | None]]
 
@@ -41,13 +45,15 @@ class Run:
         self.domains = domains_of(config, setup, output) if config.ddk else None
         sizes = {name: len(blocks) for name, blocks in self.corpus.train.items()}
         self.order = self.domains or BlockOrder(sizes, config.mix, config.seed)
+        self.writing = OnPolicyText.of(config, setup, self.order) if setup.writer is not None else None
+        self.language = LanguageStream(setup.language, config, setup.objective) if setup.language is not None else None
         self.step = 0
         self.evaluated = -1  # the latest step with an evaluation
         self.tokens = 0  # tokens that counted, so far
         self.seconds = 0.0
         self.clock = time.perf_counter()
         self.before: Scores = {}
-        self.window = _Window()
+        self.window = Window()
         self.checkpoints = output / "checkpoints"
         self.log = Logbook(output / "metrics.jsonl", self._restore() if config.resume else 0)
 
@@ -65,9 +71,10 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         for name in ("step", "evaluated", "tokens", "seconds", "before"):
             setattr(self, name, state[name])
-        self.window = _Window(state["sums"], *state["window"])
-        if self.domains is not None:
-            self.domains.load_state_dict(state["domains"])
+        self.window = Window(state["sums"], *state["window"])
+        for name in ("domains", "writing", "language"):
+            if (part := getattr(self, name)) is not None:
+                part.load_state_dict(state[name])
         checkpoint.set_rng_state(state["rng"])
         return int(state["log_length"])
 
@@ -84,6 +91,8 @@ class Run:
             "window": [self.window.steps, self.window.tokens, self.window.seconds],
             "log_length": self.log.length(),
             "domains": None if self.domains is None else self.domains.state_dict(),
+            "writing": None if self.writing is None else self.writing.state_dict(),
+            "language": None if self.language is None else self.language.state_dict(),
             "fingerprint": self.corpus.fingerprint,
         }
         checkpoint.save(self.checkpoints, self.step, state, self.config.keep)
@@ -101,6 +110,8 @@ class Run:
         config = self.config
         if self.step == 0 and self.evaluated < 0:
             self.log.write("start", config=config.to_dict(), versions=versions(), fingerprint=self.corpus.fingerprint)
+        if self.writing is not None:
+            self.writing.writer.progress = progress
         with progress_bar(config.steps, self.step, progress) as bar:
             while self.step < config.steps:
                 if self._evaluation_due() and self._evaluate() is None:
@@ -127,33 +138,57 @@ class Run:
         rng = checkpoint.rng_state()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, config)
-        cursor, device = self.step * config.accumulate * config.batch_size, self.objective.device
-        batches = [
-            batch_of(self.corpus, self.order, cursor + i * config.batch_size, config.batch_size, device)
-            for i in range(config.accumulate)
-        ]
-        items = sum(counted(batch["labels"]) for batch in batches)
-        sums = torch.zeros(5, dtype=torch.float64, device=device)
-        for batch in batches:
-            if self.stop.received is not None:
-                self.optimizer.zero_grad()
-                checkpoint.set_rng_state(rng)
-                return False
-            loss, parts = self.objective(batch, max(items, 1))
-            loss.backward()
-            sums += torch.cat([loss.detach().double().reshape(1), parts])
+        taken = self._gradients()
+        if taken is None:
+            self.optimizer.zero_grad()
+            checkpoint.set_rng_state(rng)
+            return False
         if config.clip:
             torch.nn.utils.clip_grad_norm_(self.student.parameters(), config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        for part in (self.writing, self.language):
+            if part is not None:
+                part.commit()
+        sums, items = taken
         self.step += 1
         self.tokens += items
         self.window.add(sums, items, time.perf_counter() - begin)
         return True
 
+    def _gradients(self) -> tuple[torch.Tensor, int] | None:
+        """Every pass of a step, forwards and backwards: sums for the log, and the tokens that count; None after a
+        signal."""
+        try:
+            batches, generated = self._batches()
+        except WritingStopped:
+            return None
+        items = sum(counted(batch["labels"]) for batch in batches)
+        second = [] if self.language is None else self.language.batches(self.step)
+        # hard labels are for text that somebody meant, not for what the student has written
+        ce_weight = 0.0 if generated else self.config.ce_weight
+        sums = torch.zeros(5, dtype=torch.float64, device=self.objective.device)
+        for number, batch in enumerate(batches):
+            if self.stop.received is not None:
+                return None
+            loss, parts = self.objective(batch, max(items, 1), ce_weight=ce_weight)
+            loss.backward()
+            sums += torch.cat([loss.detach().double().reshape(1), parts])
+            if self.language is not None:
+                sums[0] += self.language.backward(second[number])
+        return sums, items
+
+    def _batches(self) -> tuple[list[dict[str, torch.Tensor]], bool]:
+        """The batches of a step, one a pass, and whether their text was generated."""
+        if self.writing is not None:
+            return self.writing.batches(self.step, lambda: self.stop.received is not None)
+        size, passes, device = self.config.batch_size, self.config.accumulate, self.objective.device
+        cursor = self.step * passes * size
+        return [batch_of(self.corpus, self.order, cursor + i * size, size, device) for i in range(passes)], False
+
     def _log_step(self) -> dict[str, str]:
         """Write the means since the last line; returns what the progress bar shows."""
-        window, self.window = self.window, _Window()
+        window, self.window = self.window, Window()
         loss, *means = window.means()
         if not math.isfinite(loss):
             raise UserError(
@@ -164,6 +199,8 @@ class Run:
         row = {name: value for name, value in zip(names, means, strict=True)}
         if self.config.kd_weight == 0:
             row = {"nll": row["nll"], "entropy": row["entropy"]}
+        for part in (self.writing, self.language):
+            row |= {} if part is None else part.figures()
         rate = learning_rate(self.step - 1, self.config)
         speed = window.tokens / max(window.seconds, 1e-9)
         self.log.write(
@@ -250,22 +287,6 @@ class Run:
 
 def _parameters(model: Any) -> int | None:
     return None if model is None else sum(p.numel() for p in model.parameters())
-
-
-class _Window:
-    """Sums since the last line of the log: [loss, divergence, nll, agreement, entropy] and what they are over."""
-
-    def __init__(self, sums: torch.Tensor | None = None, steps: int = 0, tokens: int = 0, seconds: float = 0.0) -> None:
-        self.sums = torch.zeros(5, dtype=torch.float64) if sums is None else sums
-        self.steps, self.tokens, self.seconds = steps, tokens, seconds
-
-    def add(self, sums: torch.Tensor, tokens: int, seconds: float) -> None:
-        self.sums = self.sums.to(sums.device) + sums
-        self.steps, self.tokens, self.seconds = self.steps + 1, self.tokens + tokens, self.seconds + seconds
-
-    def means(self) -> list[float]:
-        loss, *rest = self.sums.tolist()
-        return [loss / max(self.steps, 1), *(value / max(self.tokens, 1) for value in rest)]
 
 
 def versions() -> dict[str, str]:

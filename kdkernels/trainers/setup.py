@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -30,6 +31,9 @@ from kdkernels.trainers.models import (
     student_from_layers,
 )
 from kdkernels.trainers.objective import Objective, build_divergence
+from kdkernels.trainers.on_policy import Writer
+from kdkernels.trainers.on_policy_text import writer_of
+from kdkernels.trainers.prompts import Prompts, load_prompts
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,9 @@ class Setup:
     objective: Objective
     tokenizer: Any
     corpus: Corpus
+    writer: Writer | None = None
+    prompts: Prompts | None = None
+    language: Corpus | None = None  # of the second text
 
 
 def build(config: DistillConfig, teacher: Any = None, student: Any = None, tokenizer: Any = None) -> Setup:
@@ -49,15 +56,11 @@ def build(config: DistillConfig, teacher: Any = None, student: Any = None, token
     _check_options(config, divergence, device, dtype)
     cached = CachedTeacher(kd.TeacherCache.open(config.cache)) if config.cache else None
     tokenizer = tokenizer or _tokenizer(config, student is not None or config.cuts_teacher, cached)
-    corpus = load_corpus(
-        config.data,
-        config.domain,
-        tokenizer,
-        length=config.block_size,
-        held_out=config.held_out,
-        seed=config.seed,
-        text_key=config.text_key,
-    )
+    corpus = _corpus(config, config.data, config.domain, tokenizer)
+    language = _corpus(config, config.lm_data, {}, tokenizer) if config.lm_data else None
+    prompts = load_prompts(config.prompts, config.prompt_template, tokenizer) if config.prompts else None
+    parts = [part.fingerprint for part in (corpus, language, prompts) if part is not None]
+    corpus = dataclasses.replace(corpus, fingerprint="-".join(parts))
     teacher, student = _models(config, teacher, student, dtype, with_teacher=cached is None)
     student = student.to(device).train()
     teacher_head = None
@@ -72,7 +75,15 @@ def build(config: DistillConfig, teacher: Any = None, student: Any = None, token
     theirs = cached.vocab if cached is not None else teacher_head.vocab if teacher_head is not None else 0
     vocab = common_vocabulary(theirs, head.vocab, len(tokenizer), config.vocab_size)
     objective = Objective(config, divergence, teacher, student, teacher_head, head, vocab, dtype, device, cached)
-    return Setup(objective, tokenizer, corpus)
+    writer = writer_of(config, objective, prompts, tokenizer) if config.on_policy else None
+    return Setup(objective, tokenizer, corpus, writer, prompts, language)
+
+
+def _corpus(config: DistillConfig, data: str, domain: dict[str, str], tokenizer: Any) -> Corpus:
+    return load_corpus(
+        data, domain, tokenizer, length=config.block_size, held_out=config.held_out, seed=config.seed,
+        text_key=config.text_key,
+    )  # fmt: skip
 
 
 def _check_options(config: DistillConfig, divergence: kd.Divergence, device: torch.device, dtype: torch.dtype) -> None:

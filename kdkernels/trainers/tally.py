@@ -35,3 +35,21 @@ class Tally:
         self._sums = None
         total = accelerator.reduce(sums, "sum").tolist()
         return {name: value / total[-1] for name, value in zip(NAMES, total, strict=False)} if total[-1] else {}
+
+
+class Window:
+    """Sums of the plain loop: [loss, divergence, nll, agreement, entropy], and the steps and tokens they are over."""
+
+    def __init__(self, sums: Tensor | None = None, steps: int = 0, tokens: int = 0, seconds: float = 0.0) -> None:
+        self.sums = torch.zeros(5, dtype=torch.float64) if sums is None else sums
+        self.steps, self.tokens, self.seconds = steps, tokens, seconds
+
+    def add(self, sums: Tensor, tokens: int, seconds: float) -> None:
+        """Takes in one step."""
+        self.sums = self.sums.to(sums.device) + sums
+        self.steps, self.tokens, self.seconds = self.steps + 1, self.tokens + tokens, self.seconds + seconds
+
+    def means(self) -> list[float]:
+        """Of the loss per step, of the rest per token."""
+        loss, *rest = self.sums.tolist()
+        return [loss / max(self.steps, 1), *(value / max(self.tokens, 1) for value in rest)]
