@@ -1,4 +1,4 @@
-"""The command line: `kdkernels info | distill | cache | generate | evaluate | bench`.
+"""The command line: `kdkernels info | distill | cache | generate | evaluate | report | bench`.
 
 Nothing heavy is imported before a command needs it. Wrong input ends with one line on stderr and exit status 2; an
 interrupted run with 128 plus the signal's number, its state saved.
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from kdkernels import cache_cli, evaluate_cli, generate_cli
+    from kdkernels import cache_cli, evaluate_cli, generate_cli, report_cli
     from kdkernels.trainers.config import GROUPS, DistillConfig
 
     parser = _Parser(
@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     cache_cli.add_parser(commands, _add_options)
     generate_cli.add_parser(commands)
     evaluate_cli.add_parser(commands)
+    report_cli.add_parser(commands)
     bench = commands.add_parser("bench", help="run the benchmarks of a checkout", add_help=False)
     bench.set_defaults(run=_bench)
     return parser
@@ -113,7 +114,7 @@ def options_of(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     given = {k: v for k, v in vars(arguments).items() if k not in ours}
     for name in ("domain", "divergence_args"):
         if name in given:
-            given[name] = _pairs(name, given[name])
+            given[name] = pairs(name, given[name])
     values = read_config_file(arguments.config) if arguments.config else {}
     return {**values, **given}, arguments.config or "command line"
 
@@ -135,7 +136,7 @@ def _distill(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _pairs(name: str, items: list[str]) -> dict[str, Any]:
+def pairs(name: str, items: list[str]) -> dict[str, Any]:
     """`NAME=VALUE` flags as a table; the values are numbers where the option wants numbers."""
     found: dict[str, Any] = {}
     for item in items:

@@ -1,4 +1,4 @@
-"""`kdkernels evaluate`: compare answers (RSE), check identities (ICE).
+"""`kdkernels evaluate`: compare answers (RSE), check identities (ICE), compare distributions (`compare_cli`).
 
 kdkernels evaluate rse --data PROMPTS.jsonl --model STUDENT --reference-model TEACHER --output DIR
 kdkernels evaluate ice --model MODEL --facts FACTS.yaml --output DIR
@@ -24,9 +24,11 @@ _WRITTEN = 512  # tokens that a verdict or a template may take, whatever --max-n
 
 def add_parser(commands: Any) -> None:
     """Put `evaluate` and its commands into the command line."""
-    evaluate = commands.add_parser("evaluate", help="how much a student has taken over: answers, identity")
+    from kdkernels import compare_cli
+
+    evaluate = commands.add_parser("evaluate", help="how much a student has taken over: answers, identity, logits")
     inner = evaluate.add_subparsers(dest="evaluate_command", required=True, metavar="COMMAND")
-    for add in (_add_rse, _add_ice):
+    for add in (_add_rse, _add_ice, compare_cli.add_parser):
         add(inner)
 
 
@@ -43,7 +45,7 @@ def _add_rse(inner: Any) -> None:
     rse.add_argument("--reference-model", metavar="MODEL", help=f"makes the references that are missing: {_MODEL}")
     rse.add_argument("--model", metavar="MODEL", help=f"makes the responses that are missing: {_MODEL}")
     _add_shared(rse)
-    rse.set_defaults(run=_run(_rse))
+    rse.set_defaults(run=interruptible(_rse))
 
 
 def _add_ice(inner: Any) -> None:
@@ -66,7 +68,7 @@ def _add_ice(inner: Any) -> None:
     )  # fmt: skip
     ice.add_argument("--resume", action="store_true", help="go on with the transcript in --output")
     _add_shared(ice)
-    ice.set_defaults(run=_run(_ice))
+    ice.set_defaults(run=interruptible(_ice))
 
 
 def _add_shared(parser: argparse.ArgumentParser) -> None:
@@ -95,7 +97,7 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
                         help="per million tokens; the result then tells the cost")  # fmt: skip
 
 
-def _run(command: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+def interruptible(command: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
     """The command; interrupted, it says how to go on and exits with 130."""
 
     def run(arguments: argparse.Namespace) -> int:
@@ -124,14 +126,14 @@ def _rse(arguments: argparse.Namespace) -> int:
             rows = records.with_answers(rows, side, file)
         if model and any(getattr(row, side) is None for row in rows):
             chat = _chat(model, arguments, side)
-            with _bar(f"{side}s", arguments.quiet) as progress:
+            with bar(f"{side}s", arguments.quiet) as progress:
                 rows = records.generate(rows, side, chat, progress)
         if all(getattr(row, side) is None for row in rows):
             flag = "--reference-model" if side == "reference" else "--model"
             raise UserError(f"no prompt has a {side}; give it in --data, by --{side}s FILE, or by {flag}")
     records.write_records(output / "answers.jsonl", rows)
     judge = _judge(arguments)
-    with _bar("judged", arguments.quiet) as progress:
+    with bar("judged", arguments.quiet) as progress:
         result = response_similarity(
             [row.prompt for row in rows], [row.reference for row in rows], [row.response for row in rows],
             judge, datasets=[row.dataset for row in rows], ids=[row.id for row in rows],
@@ -149,7 +151,7 @@ def _ice(arguments: argparse.Namespace) -> int:
     output = Path(arguments.output)
     model, judge = _chat(arguments.model, arguments, "model"), _judge(arguments)
     helper = _chat(arguments.helper, arguments, "helper") if arguments.helper else None
-    with _bar("answers", arguments.quiet) as progress:
+    with bar("answers", arguments.quiet) as progress:
         result = identity_consistency(
             model, arguments.facts, judge=judge, helper=helper,
             questions=arguments.questions, templates=arguments.templates, sources=arguments.sources,
@@ -203,7 +205,7 @@ def _chat(where: str, arguments: argparse.Namespace, role: str) -> Any:
 
 
 @contextlib.contextmanager
-def _bar(name: str, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+def bar(name: str, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
     """A progress bar as a function of (done, all)."""
     if quiet:
         yield None
@@ -237,17 +239,17 @@ def render_similarity(result: Any) -> str:
     rows: list[tuple[str, ...]] = [header]
     for name, d in result.datasets.items():
         cells = [
-            _number(d.means["overall"]),
-            _interval(d.intervals["overall"]),
-            *(_number(d.means[m]) for m in measures),
+            number(d.means["overall"]),
+            interval(d.intervals["overall"]),
+            *(number(d.means[m]) for m in measures),
         ]
         rows.append((name, str(d.prompts), str(d.scored), *cells))
     if len(result.datasets) > 1:
         scored = sum(d.scored for d in result.datasets.values())
-        cells = [_number(result.overall), _interval(result.intervals["overall"])]
-        cells += [_number(getattr(result, m)) for m in measures]
+        cells = [number(result.overall), interval(result.intervals["overall"])]
+        cells += [number(getattr(result, m)) for m in measures]
         rows.append(("mean", str(len(result.per_prompt)), str(scored), *cells))
-    return "\n".join([_table(rows), f"judge: {result.judge['name']}", *(f"note: {w}" for w in result.warnings)])
+    return "\n".join([table(rows), f"judge: {result.judge['name']}", *(f"note: {w}" for w in result.warnings)])
 
 
 def render_identity(result: Any) -> str:
@@ -257,14 +259,15 @@ def render_identity(result: Any) -> str:
     for aspect, rates in (*result.aspects.items(), ("all", whole)):
         cells = []
         for rate in rates.values():
-            cells += [_number(rate.value), _interval(None if rate.low is None else (rate.low, rate.high))]
+            cells += [number(rate.value), interval(None if rate.low is None else (rate.low, rate.high))]
         rows.append((aspect, str(rates["loose"].answers), *cells))
     claims = ", ".join(f"{name} {count}" for name, count in result.claims.items())
     notes = [f"judge: {result.judge['name']}", *([f"claims to be: {claims}"] if claims else [])]
-    return "\n".join([_table(rows), *notes, *(f"note: {w}" for w in result.warnings)])
+    return "\n".join([table(rows), *notes, *(f"note: {w}" for w in result.warnings)])
 
 
-def _table(rows: list[tuple[str, ...]]) -> str:
+def table(rows: list[tuple[str, ...]]) -> str:
+    """Rows of cells in columns, the first on the left."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
@@ -272,9 +275,11 @@ def _table(rows: list[tuple[str, ...]]) -> str:
     )
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Three decimals, or a dash."""
     return "-" if value is None else f"{value:.3f}"
 
 
-def _interval(pair: tuple[float, float] | None) -> str:
+def interval(pair: tuple[float, float] | None) -> str:
+    """Its two ends, or a dash."""
     return "-" if pair is None else f"{pair[0]:.3f} to {pair[1]:.3f}"
