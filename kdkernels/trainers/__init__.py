@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kdkernels.trainers.hf import DistillationMixin as DistillationMixin
     from kdkernels.trainers.loop import DistillResult as DistillResult
     from kdkernels.trainers.loop import distill as distill
+    from kdkernels.trainers.on_policy import OnPolicy as OnPolicy
     from kdkernels.trainers.signals import Interrupted as Interrupted
     from kdkernels.trainers.trainer import DistillationTrainer as DistillationTrainer
     from kdkernels.trainers.trl import TRLDistillationMixin as TRLDistillationMixin
@@ -28,6 +29,7 @@ _HOMES = {
     "DistillResult": "loop",
     "distill": "loop",
     "Interrupted": "signals",
+    "OnPolicy": "on_policy",
 }
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "DistillationMixin",
     "DistillationTrainer",
     "Interrupted",
+    "OnPolicy",
     "TRLDistillationMixin",
     "build_cache",
     "distill",

@@ -9,6 +9,7 @@ class DistillSFT(kd.trainers.DistillationMixin, trl.SFTTrainer): ...
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -20,8 +21,11 @@ from kdkernels.errors import UserError
 from kdkernels.sparse_logits import SparseLogits
 from kdkernels.trainers.domains import DomainCallback, domain_arguments, load_domains
 from kdkernels.trainers.heads import check_head, logits_of, vocabulary
+from kdkernels.trainers.heldout import uniform_teacher
 from kdkernels.trainers.lora import causal_lm
 from kdkernels.trainers.models import common_vocabulary
+from kdkernels.trainers.on_policy import OnPolicy
+from kdkernels.trainers.on_policy_hf import GENERATED, LANGUAGE, OnPolicyCallback, SecondText
 from kdkernels.trainers.redirect import through
 from kdkernels.trainers.tally import Tally
 
@@ -41,8 +45,14 @@ class DistillationMixin:
         domains: a `kdkernels.ddk.DomainSchedule`, instead of train_dataset: each epoch is an interval, after which the
             student is measured and the weights of the domains are set anew. They are logged as ``ddk_weight_<domain>``
             and ``ddk_discrepancy_<domain>``, drawn to ``ddk.png`` in the output folder, and kept in checkpoints.
+        on_policy: a `kdkernels.trainers.OnPolicy`: part of the steps is trained on text that the student writes and
+            the teacher corrects. There ``ce_weight`` does not count. Logged: ``generated_share``, ``replayed_share``,
+            ``teacher_share``, ``jsd``, ``response_length``.
+        lm_dataset, lm_weight: samples of a second text, taken by the Trainer's collator; lm_weight times their mean
+            cross-entropy is added to the loss of every step.
         divergence, temperature, temperature_scaling, ce_weight, kd_weight, sparse_mode, chunk_bytes, vocab_size,
-            backend: as in `kdkernels.distillation_loss`. The labels' shift is the Trainer's: position i is judged by
+            backend: as in `kdkernels.distillation_loss`; the divergence is by default forward_kl, with on_policy
+            skew_reverse_kl. The labels' shift is the Trainer's: position i is judged by
             label i + 1, and tokens labelled -100 count for nothing.
 
     Logged with the loss, per token that counts, over all ranks and accumulated batches: ``divergence``,
@@ -62,7 +72,10 @@ class DistillationMixin:
         teacher: Any = None,
         teacher_head: torch.nn.Linear | None = None,
         domains: Any = None,
-        divergence: str | kd.Divergence = "forward_kl",
+        on_policy: OnPolicy | None = None,
+        lm_dataset: Any = None,
+        lm_weight: float = 1.0,
+        divergence: str | kd.Divergence | None = None,
         temperature: float = 1.0,
         temperature_scaling: str = "none",
         ce_weight: float = 0.0,
@@ -79,7 +92,7 @@ class DistillationMixin:
         self.domains = domains
         if domains is not None:
             self.add_callback(DomainCallback(self))  # type: ignore[attr-defined]
-        self.divergence = divergence
+        self.divergence = divergence or ("forward_kl" if on_policy is None else "skew_reverse_kl")
         self.loss_options: dict[str, Any] = {
             "temperature": temperature, "temperature_scaling": temperature_scaling, "ce_weight": ce_weight,
             "kd_weight": kd_weight, "chunk_bytes": chunk_bytes, "backend": backend,
@@ -95,6 +108,11 @@ class DistillationMixin:
         # the Trainer counts the tokens of an accumulated batch only for models that it believes take the count
         self.model_accepts_loss_kwargs, self._loss_shifts_labels = True, True
         self._tallies = {"train": Tally(), "eval": Tally()}
+        self.on_policy = None if on_policy is None else OnPolicyCallback(self, on_policy)
+        if self.on_policy is not None:
+            self.add_callback(self.on_policy)  # type: ignore[attr-defined]
+        seed = self.args.seed  # type: ignore[attr-defined]
+        self.second_text = None if lm_dataset is None else SecondText(self, lm_dataset, lm_weight, seed)
 
     # --- what is checked once ---
 
@@ -154,6 +172,17 @@ class DistillationMixin:
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
         if self.domains is not None:
             load_domains(self.domains, resume_from_checkpoint)
+        if self.on_policy is not None:
+            self.on_policy.load(resume_from_checkpoint)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's batches of a step with their number of tokens, after some were replaced by generated text."""
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        if batches and self.on_policy is not None:
+            batches = self.on_policy.replaced(batches)
+        if self.second_text is not None:
+            batches = self.second_text.beside(batches)
+        return super().get_batch_samples(iter(batches), num_batches, *args, **kwargs)  # type: ignore[misc]
 
     # --- the loss ---
 
@@ -163,6 +192,7 @@ class DistillationMixin:
         """The loss of one micro-batch, scaled so that ranks and accumulated batches add up to one large batch."""
         trainer: Any = self
         batch = dict(inputs)
+        generated, second = batch.pop(GENERATED, False), batch.pop(LANGUAGE, None)
         labels = batch.pop("labels", None)
         if labels is None:
             remedy = "use DataCollatorForLanguageModeling(tokenizer, mlm=False) or a dataset with labels"
@@ -173,7 +203,9 @@ class DistillationMixin:
         def work() -> tuple[Tensor, Tensor]:
             with trainer.accelerator.autocast():
                 student = logits_of(causal_lm(inner), batch, "student")
-                return self._loss(student, teacher(student), labels, num_items_in_batch)
+                hard = {"ce_weight": 0.0} if generated else {}  # hard labels are for text that somebody meant
+                found, sums = self._loss(student, teacher(student), labels, num_items_in_batch, **hard)
+                return found if second is None else found + self._second_loss(causal_lm(inner), *second), sums
 
         loss, sums = through(model, inner, work)
         self._tallies["train" if model.training else "eval"].add(sums)
@@ -181,12 +213,24 @@ class DistillationMixin:
             loss = loss * trainer.accelerator.num_processes  # gradients are averaged over ranks
         return (loss, {"loss": loss}) if return_outputs else loss
 
-    def _loss(self, student: kd.LinearLogits, teacher: Any, labels: Tensor, num_items: Any) -> tuple[Tensor, Tensor]:
+    def _loss(
+        self, student: kd.LinearLogits, teacher: Any, labels: Tensor, num_items: Any, **options: Any
+    ) -> tuple[Tensor, Tensor]:
         output = kd.distillation_loss(
             student, teacher, self.divergence, labels=labels, shift=True, num_items=num_items,
-            vocab_size=self.vocab_size, return_stats=True, **self.loss_options,
+            vocab_size=self.vocab_size, return_stats=True, **{**self.loss_options, **options},
         )  # fmt: skip
         return output.loss, Tally.sums_of(output.stats)
+
+    def _second_loss(self, model: Any, batch: dict[str, Tensor], items: Tensor) -> Tensor:
+        """The weighted cross-entropy on samples of the second text."""
+        assert self.second_text is not None
+        batch = dict(batch)
+        labels = batch.pop("labels")
+        student = logits_of(model, batch, "student")
+        nobody = uniform_teacher(student.hidden.detach(), student.weight.shape[0])
+        options = {"kd_weight": 0.0, "ce_weight": self.second_text.weight, "sparse_mode": "ghost"}
+        return self._loss(student, nobody, labels, items, **options)[0]
 
     def _teacher_side(self, columns: dict[str, Any], batch: dict[str, Any]) -> Any:
         """A function from the student's side to the teacher's: its dtype is the student's."""
@@ -225,6 +269,7 @@ class DistillationMixin:
         """The Trainer's log, with the means over the tokens since the last one."""
         if "loss" in logs:
             logs = {**logs, **self._tallies["train"].means(self.accelerator)}  # type: ignore[attr-defined]
+            logs |= {} if self.on_policy is None else self.on_policy.means()
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
