@@ -5,6 +5,7 @@
 #   make soak      the long campaigns
 #   make demo      the main job on a real model
 #   make demo-ddk  DDK against equal sampling, on the demo's text
+#   make demo-report  what the demo's student has taken over, as one page
 #   make bench     the benchmarks
 #   make gpu       the GPU tests, compute-sanitizer and the benchmarks, on a machine with an NVIDIA GPU
 #   make lint      ruff, clang-format, mypy
@@ -29,7 +30,7 @@ SUFFICIENT := not soak and not gpu
 SOURCES := pyproject.toml setup.py _kd_build.py \
   $(wildcard build_tools/*.py csrc/*.* csrc/cpu/* csrc/cuda/* kdkernels/divergences/*.py)
 
-.PHONY: install test quick soak demo demo-ddk bench gpu lint sanitize format clean
+.PHONY: install test quick soak demo demo-ddk demo-report bench gpu lint sanitize format clean
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -73,6 +74,9 @@ demo: $(VENV)/.demo
 
 demo-ddk: $(VENV)/.demo
 	$(BIN)/python -m demo.ddk
+
+demo-report: $(VENV)/.demo
+	$(BIN)/python -m demo.report
 
 bench: $(VENV)/.rivals $(VENV)/.demo
 	$(PYTEST) python_tests/test_benchmarks*.py  # rivals are here: none is skipped

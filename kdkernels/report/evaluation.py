@@ -11,7 +11,7 @@ from kdkernels.report import course, judged, parts, whiskers, white_box
 from kdkernels.report.headline import EITHER, Figure, figures
 from kdkernels.report.page import page, table
 from kdkernels.report.regression import Check
-from kdkernels.report.version import Version
+from kdkernels.report.version import REPORT, Version
 from kdkernels.report.whiskers import number_of
 
 SECTIONS: tuple[tuple[str, parts.Section], ...] = (
@@ -87,7 +87,7 @@ def _gap_closed(version: Version) -> Iterator[str]:
         for name, part in found.domains.items():
             old, new, change = (part.get(m, "forward_kl") for m in (BEFORE, STUDENT, CHANGE))
             if old.value and new.value is not None:
-                sure = change.high is not None and change.high < 0
+                sure = change.high is None or change.high < 0 or (change.low or 0) > 0
                 yield (
                     f"{name}: KL to the teacher {old.value:.3f} before, {new.value:.3f} after "
                     f"({new.value / old.value - 1:+.0%}{'' if sure else ', within the noise'})."
@@ -170,7 +170,7 @@ def evaluation_json(
     """Everything the page shows as plain values."""
     every = [*versions, *([baseline] if baseline is not None else [])]
     return {
-        "kind": "kdkernels.report",
+        "kind": REPORT,
         "version": 1,
         "baseline": None if baseline is None else baseline.name,
         "checks": [{**vars(c), "failed": c.failed} for c in checks],

@@ -45,8 +45,8 @@ _DIVERSITY = (
 def figures(version: Version) -> dict[str, Figure]:
     """All that is known, by name, in the order of a table."""
     return dict(
-        [*_held_out(version), *_compared(version), *_answered(version), *_identity(version), *_diversity(version),
-         *_switch(version)]
+        [*_compared(version), *_answered(version), *_identity(version), *_diversity(version), *_switch(version),
+         *_held_out(version)]
     )  # fmt: skip
 
 

@@ -57,6 +57,8 @@ def similarity(version: Version) -> Iterator[str]:
 def identity(version: Version) -> Iterator[str]:
     """ICE with intervals beside the published rows."""
     found, before = version.identity(), version.identity(before=True)
+    if " identity" in version.answers:
+        yield _folded_answers("Questions about identity, answered by teacher and student", version, " identity")
     if found is None:
         yield gap(
             "identity consistency (ICE)",
@@ -109,10 +111,13 @@ def diversity(version: Version) -> Iterator[str]:
 
 def answers(version: Version) -> Iterator[str]:
     """Prompts with the answers of either side, and of the student before."""
-    rows = version.answers.get("", [])
-    if not rows:
-        return
-    before = {json.dumps(r["prompt"]): r.get("response") for r in version.answers.get(" before", [])}
+    if version.answers.get(""):
+        yield _folded_answers("Prompts and answers", version, "")
+
+
+def _folded_answers(title: str, version: Version, side: str) -> str:
+    rows = version.answers[side]
+    before = {json.dumps(r["prompt"]): r.get("response") for r in version.answers.get(side + " before", [])}
     blocks = []
     for row in rows[:40]:
         old = before.get(json.dumps(row["prompt"]))
@@ -125,7 +130,7 @@ def answers(version: Version) -> Iterator[str]:
         )
         blocks.append(f"<pre style='white-space:pre-wrap'>{lines}</pre>")
     left = f" (the first 40 of {len(rows)})" if len(rows) > 40 else ""
-    yield f"<details><summary>Prompts and answers{left}</summary>{''.join(blocks)}</details>"
+    return f"<details><summary>{html.escape(title)}{left}</summary>{''.join(blocks)}</details>"
 
 
 def _said(value: Any) -> str:

@@ -16,6 +16,7 @@ STYLE = """
 .gap { border-left: .25rem solid var(--c1); background: var(--raised); padding: .4rem .75rem; border-radius: .2rem; }
 .note { color: var(--soft); font-size: .9rem; }
 h3 { font-size: 1rem; margin: 1.5rem 0 .25rem; } code { font-size: .85em; }
+@media (max-width: 34rem) { td:first-child { white-space: normal; min-width: 9rem; } }
 details { margin: .5rem 0; } summary { cursor: pointer; color: var(--soft); }
 pre { overflow-x: auto; background: var(--raised); padding: .75rem; border-radius: .3rem; font-size: .8rem; }
 """

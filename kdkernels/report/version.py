@@ -30,7 +30,9 @@ KINDS: dict[str, tuple[str, type[Result]]] = {
     IdentityResult.kind: ("identity", IdentityResult),
     DiversityResult.kind: ("diversity", DiversityResult),
 }
+REPORT = "kdkernels.report"
 _SKIPPED = {"student", "teacher", "checkpoints", "text", "data", "node_modules"}
+_ANSWERS = {"answers.jsonl": "", "identity.jsonl": " identity"}
 _DEPTH = 4
 _BEFORE = re.compile(r"(?<![a-z])before(?![a-z])")
 
@@ -47,7 +49,7 @@ class Version:
     results: dict[str, Result] = field(default_factory=dict)
     """By "comparison", "similarity", "identity", "diversity", and these with " before"."""
     answers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    """Prompts and answers, by "" and " before"."""
+    """Prompts and answers, by "", " before" and " identity" (`identity.jsonl`: questions about identity)."""
     generations: list[dict[str, Any]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -99,8 +101,8 @@ def load_version(path: Path, name: str) -> Version:
     found.summary = _table(path / "summary.json", found)
     _read_log(path / "metrics.jsonl", found)
     for file in _files(path):
-        if file.name == "answers.jsonl":
-            _read_answers(file, found)
+        if file.name in _ANSWERS:
+            _read_answers(file, found, _ANSWERS[file.name])
         elif file.suffix == ".json":
             _read_result(file, found)
     for side in ("", " before"):
@@ -187,7 +189,7 @@ def _read_result(file: Path, version: Version) -> None:
         return
     kind = values.get("kind") if isinstance(values, dict) else None
     if kind not in KINDS:
-        if isinstance(kind, str) and kind.startswith("kdkernels."):
+        if isinstance(kind, str) and kind.startswith("kdkernels.") and kind != REPORT:
             version.problems.append(f"{where} is a {kind!r}, which this report does not know")
         return
     key, result = KINDS[kind]
@@ -201,8 +203,8 @@ def _read_result(file: Path, version: Version) -> None:
         version.problems.append(f"{where} cannot be read: {error}")
 
 
-def _read_answers(file: Path, version: Version) -> None:
-    side = _side(file, version)
+def _read_answers(file: Path, version: Version, side: str) -> None:
+    side += _side(file, version)
     if side in version.answers:
         return
     try:
