@@ -54,7 +54,8 @@ def switch_generate(
     from the teacher.
 
     Args:
-        student, teacher: causal LMs of transformers in eval mode; they may be on different devices and differ in dtype.
+        student, teacher: causal LMs of transformers, on any devices, in any dtypes; in eval mode (train mode is an
+            error where there is dropout or gradient checkpointing, and changes nothing elsewhere).
         input_ids: prompts ``[B, L]``, padded on the left.
         attention_mask: ``[B, L]``, 0 for padding; without it every token counts. `switch.left_padded` makes both.
         max_new_tokens: the most tokens generated; together with the longest prompt within both contexts.
