@@ -19,7 +19,7 @@ from .errors import BarrierDivergence, Fault, Unsupported
 from .instructions import bulk
 from .lanes import WARP, Lanes, Launch, Mask, Step, bind, check
 from .parser import Instruction
-from .report import Counts, Report
+from .report import UNTOUCHED, Counts, Report
 
 Array = np.ndarray[Any, Any]
 
@@ -37,11 +37,13 @@ def execute(launch: Launch, *, most_lanes: int = MOST_LANES) -> Report:
     total = launch.grid[0] * launch.grid[1] * launch.grid[2]
     padded = -(-launch.threads // WARP) * WARP
     batch = max(1, most_lanes // padded // launch.cluster) * launch.cluster
-    counts = [Counts() for _ in kernel.instructions]
+    counts = [UNTOUCHED] * len(kernel.instructions)
     order = _cluster_order(launch, total)
-    for instruction in kernel.instructions:
-        if not _is_control(instruction):
-            check(instruction)
+    if not kernel.checked:
+        for instruction in kernel.instructions:
+            if not instruction.is_control:
+                check(instruction)
+        kernel.checked = True
     with np.errstate(all="ignore"), _no_collection():
         for first in range(0, total, batch):
             _Batch(Lanes(launch, order[first : first + batch], counts)).run()
@@ -68,7 +70,6 @@ class _Batch:
 
     def __init__(self, lanes: Lanes) -> None:
         self.lanes, self.code = lanes, lanes.kernel.instructions
-        self.control = [_is_control(i) for i in self.code]
         self.steps: list[Step | None] = [None] * len(self.code)  # bound when first executed
         self.guards: list[Callable[[], Array] | None] = [
             None if i.guard is None else lanes.predicate("!" * i.negated + i.guard) for i in self.code
@@ -79,7 +80,7 @@ class _Batch:
         self.arrived = np.zeros(lanes.count, np.bool_)  # at the cluster barrier
         self.steps_left = PATIENCE
         self.retries = self.phases_seen = 0
-        self.parks = any(i.opcode == "mbarrier" for i in self.code)
+        self.parks = lanes.kernel.has_mbarriers
 
     def run(self) -> None:
         """Until every thread has left."""
@@ -106,6 +107,8 @@ class _Batch:
         code, steps, guards, counts = self.code, self.steps, self.guards, self.lanes.counts
         while current < limit:
             instruction, count, guard = code[current], counts[current], guards[current]
+            if count is UNTOUCHED:
+                count = counts[current] = Counts()
             count.warps += warps
             executing, number = mask, active
             if guard is not None:
@@ -115,7 +118,7 @@ class _Batch:
                 if number == active:
                     executing = mask
             count.threads += number
-            if self.control[current]:
+            if instruction.is_control:
                 following = self._control(instruction, mask, executing, number, active)
                 if following is None:
                     return
@@ -255,11 +258,6 @@ class _Batch:
         lanes = released.reshape(-1)
         self.counter[lanes] = self.resume[lanes] + 1
         self._pass(ctas, cluster)
-
-
-def _is_control(instruction: Instruction) -> bool:
-    """What the executor itself performs: branches and barriers of CTAs and clusters."""
-    return instruction.opcode in {"bra", "ret", "exit", "bar", "barrier"} and not instruction.has("warp")
 
 
 @contextlib.contextmanager

@@ -89,8 +89,7 @@ class Lanes:
         parameters = {name: parameter.offset for name, parameter in kernel.parameters.items()}  # within .param
         own = dict(kernel.shared) | dict.fromkeys(kernel.dynamic, start) | dict(kernel.local)
         self.symbols = parameters | own | launch.constants
-        granule = _smallest_shared_access(kernel)
-        ordered = any(i.opcode == "mbarrier" or i.has("bulk") for i in kernel.instructions)
+        granule, ordered = kernel.smallest_shared_access, kernel.has_mbarriers or kernel.copies_in_bulk
         self.shared = SharedMemory(self.ctas, size, granule, launch.cluster, check=launch.check_races, ordered=ordered)
         self.local_pitch = -(-max(kernel.local_bytes, 16) // 16) * 16
 
@@ -238,20 +237,6 @@ def fit(values: Array, register: Array, signed: bool) -> Array:
     if signed:
         return values.view(SIGNED[values.itemsize * 8]).astype(SIGNED[register.itemsize * 8]).view(register.dtype)
     return values.view(container(values.itemsize * 8)).astype(register.dtype)
-
-
-def _smallest_shared_access(kernel: Kernel) -> int:
-    """Bytes of the kernel's smallest access that may reach shared memory: the granule of the race check."""
-    smallest = 16
-    for instruction in kernel.instructions:
-        if instruction.opcode in {"ld", "st", "atom", "red"} and not instruction.has(
-            "global", "param", "local", "const"
-        ):
-            vector = next((int(m[1]) for m in instruction.modifiers if m in {"v2", "v4"}), 1)
-            smallest = min(smallest, BITS.get(instruction.type, 64) // 8 * vector)
-        elif instruction.opcode == "cp":
-            smallest = min(smallest, 4)
-    return smallest
 
 
 _TWO_TYPES = {"cvt", "set", "add", "sub", "fma"}

@@ -7,6 +7,7 @@ Names declared in an inner `{ }` scope are renamed apart, as inline assembly dec
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterator
@@ -31,14 +32,19 @@ class Instruction:
     scopes: tuple[int, ...]
     target: int = -1  # where a branch goes
 
-    @property
+    @functools.cached_property
     def type(self) -> str:
         """The last modifier: the type for all but a few instructions."""
         return self.modifiers[-1] if self.modifiers else ""
 
+    @functools.cached_property
+    def is_control(self) -> bool:
+        """What the executor itself performs: branches and barriers of CTAs and clusters."""
+        return self.opcode in {"bra", "ret", "exit", "bar", "barrier"} and not self.has("warp")
+
     def has(self, *names: str) -> bool:
         """Whether any of these is among the modifiers."""
-        return any(name in self.modifiers for name in names)
+        return not set(names).isdisjoint(self.modifiers)
 
 
 @dataclasses.dataclass
@@ -70,6 +76,29 @@ class Kernel:
     constants: dict[str, bytes] = dataclasses.field(default_factory=dict)
     labels: dict[tuple[int, str], int] = dataclasses.field(default_factory=dict)
     instructions: list[Instruction] = dataclasses.field(default_factory=list)
+    checked: bool = False  # whether every instruction is one that the emulator knows
+
+    @functools.cached_property
+    def has_mbarriers(self) -> bool:
+        return any(i.opcode == "mbarrier" for i in self.instructions)
+
+    @functools.cached_property
+    def copies_in_bulk(self) -> bool:
+        return any(i.has("bulk") for i in self.instructions)
+
+    @functools.cached_property
+    def smallest_shared_access(self) -> int:
+        """Bytes of the smallest access that may reach shared memory: the granule of the race check."""
+        smallest = 16
+        for instruction in self.instructions:
+            if instruction.opcode in {"ld", "st", "atom", "red"} and not instruction.has(
+                "global", "param", "local", "const"
+            ):
+                vector = next((int(m[1]) for m in instruction.modifiers if m in {"v2", "v4"}), 1)
+                smallest = min(smallest, BITS.get(instruction.type, 64) // 8 * vector)
+            elif instruction.opcode == "cp":
+                smallest = min(smallest, 4)
+        return smallest
 
 
 def split(text: str) -> list[str]:

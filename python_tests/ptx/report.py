@@ -24,6 +24,10 @@ class Counts:
     least_passes: int = 0  # without conflicts
 
 
+UNTOUCHED = Counts()
+"""Stands for every instruction that is never executed: most of a kernel, and a launch would make thousands."""
+
+
 def classify(instruction: Instruction) -> str:
     """load, store, atomic, special (function unit), barrier or other. `div` counts as special: it issues rcp."""
     opcode = instruction.opcode
