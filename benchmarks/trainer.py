@@ -72,7 +72,9 @@ def examples(shape: dict[str, int]) -> list[dict[str, Tensor]]:
 class Eager(DistillationTrainer):
     """The same trainer with logits in full, log-probabilities as training scripts write them."""
 
-    def _loss(self, student: kd.LinearLogits, teacher: Any, labels: Tensor, num_items: Any) -> tuple[Tensor, Tensor]:
+    def _loss(
+        self, student: kd.LinearLogits, teacher: Any, labels: Tensor, num_items: Any, **options: Any
+    ) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             target = teacher.materialize()[:, :-1].log_softmax(-1)
         given = student.materialize()[:, :-1].log_softmax(-1)

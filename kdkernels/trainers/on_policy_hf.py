@@ -85,7 +85,8 @@ class OnPolicyCallback(TrainerCallback):
     def _prompt(self, batch: dict[str, Any], index: int, step: int, row: int) -> list[int]:
         if batch.get("labels") is None:
             fail(UserError, "labels", None, "in every batch", "use a dataset or a collator that gives them")
-        sample: dict[str, Any] = {k: batch[k][index].cpu() for k in ("input_ids", "labels", "position_ids") if k in batch}
+        names = [name for name in ("input_ids", "labels", "position_ids") if name in batch]
+        sample: dict[str, Any] = {name: batch[name][index].cpu() for name in names}
         mask = batch.get("attention_mask")
         policy = self.writer.policy
         row_mask = None if mask is None else mask[index].cpu()

@@ -8,8 +8,8 @@ The constants were chosen by counting (compiled PTX executed, ptxas' report), no
 - The later sweeps find in L2 what all running rows leave there. With about 32 warps on a multiprocessor, 132 of them
   and 40 MB of L2 to spend, W warps a row keep rows of up to 9.5 KB * W (both operands) there: so long rows get many
   warps. Sweeps alternate in direction, so that a row that is too long still hits at its turning point.
-- The separable kernels issue up to 69.6 instructions a pair with 8 warps (alpha-beta on sm_80 and sm_90) and are meant
-  to stay below 70: 8 warps at most. They hold 8 entries' intermediate values, up to 112 registers, and would spill at 32
+- The separable kernels issue up to 69.6 instructions a pair with 8 warps (alpha-beta on sm_80 and sm_90) and should
+  stay below 70: 8 warps at most. They hold 8 entries' intermediate values, up to 112 registers, and would spill at 32
   warps (64 registers).
 - Statistics take 12 registers more: 16 warps at most (at 32 sm_100 spills).
 """
