@@ -105,8 +105,8 @@ def interruptible(command: Callable[[argparse.Namespace], int]) -> Callable[[arg
             return command(arguments)
         except KeyboardInterrupt:
             name = f"kdkernels evaluate {arguments.evaluate_command}"
-            hint = " with --resume" if arguments.evaluate_command == "ice" else ""
-            print(f"{name}: interrupted; the same command{hint} goes on", file=sys.stderr)
+            hint = {"rse": " goes on", "ice": " with --resume goes on"}.get(arguments.evaluate_command, " begins anew")
+            print(f"{name}: interrupted; the same command{hint}", file=sys.stderr)
             return 130
 
     return run

@@ -133,7 +133,7 @@ def test_the_page_holds_every_part_and_needs_nothing_else(run: Path) -> None:
     assert "width=device-width" in text
     for words in ("Training", "Gap to the teacher", "Where in the text", "Calibration", "DDK", "SWITCH", "(RSE)",
                   "(ICE)", "Diversity", "Versions", "Configuration", "published", "GPT4o-0513", "DeepSeek-V3, strict",
-                  "prose <b>", "<script>alert(1)</script>", "stock phrases", "Teacher's share"):  # fmt: skip
+                  "prose <b>", "<script>alert(1)</script>", "stock phrases", "written in training"):  # fmt: skip
         assert words in read.words, words
     assert "Not measured" not in read.words
     assert read.tags.count("svg") >= 8
@@ -264,6 +264,8 @@ def test_worse_means_beyond_tolerance_and_both_intervals(
 def test_rules_name_figures_by_pattern(tmp_path: Path) -> None:
     found = {f"kl.{d}": Figure(d, Estimate(1.0), -1) for d in DOMAINS}
     assert [c.name for c in check(found, found, [Rule("kl.*"), Rule("nothing")])] == [*found, "nothing"]
+    dashed = {"rse.my-set": Figure("x", Estimate(1.0), 1)}
+    assert check(dashed, dashed, [Rule("rse.my_set")])[0].verdict == OK
     file = tmp_path / "limits.toml"
     file.write_text('["forward_kl.*"]\ntolerance = 0.1\nrequired = true\n[rse]\nat_least = 3\n')
     assert read_rules(file) == [Rule("forward_kl.*", 0.1, required=True), Rule("rse", at_least=3.0)]

@@ -49,7 +49,8 @@ def switch(version: Version) -> Iterator[str]:
     """The teacher's share of generated tokens, in training and in generation."""
     logged = [row for row in version.rows("step") if is_number(row.get("teacher_share"))]
     if logged:
-        yield course("Teacher's share of the tokens written in training.", logged, [("share", "teacher_share")])
+        columns = [("teacher's share of the tokens", "teacher_share"), ("divergence, bit", "jsd")]
+        yield course("SWITCH, what was written in training.", logged, columns)
     for row in version.generations:
         share = (row.get("by_position") or {}).get("teacher_share")
         jsd = (row.get("by_position") or {}).get("jsd")

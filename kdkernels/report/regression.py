@@ -89,11 +89,16 @@ def check(new: Mapping[str, Figure], old: Mapping[str, Figure], rules: list[Rule
         rules = [Rule(name) for name, f in old.items() if f.better != EITHER and f.estimate.low is not None]
     found = []
     for rule in rules:
-        names = [n for n in dict.fromkeys((*old, *new)) if fnmatch.fnmatchcase(n, rule.pattern)]
+        names = [n for n in dict.fromkeys((*old, *new)) if _named(n, rule.pattern)]
         if not names:
             found.append(_unknown(rule, rule.pattern, rule.pattern, "neither version has it"))
         found += [_check(rule, name, new.get(name), old.get(name)) for name in names]
     return found
+
+
+def _named(name: str, pattern: str) -> bool:
+    """Whether a pattern means a figure; - and _ are one, for option files know no difference."""
+    return fnmatch.fnmatchcase(name.replace("-", "_"), pattern.replace("-", "_"))
 
 
 def _unknown(rule: Rule, name: str, label: str, reason: str, old: Estimate | None = None) -> Check:
