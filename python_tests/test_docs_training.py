@@ -49,7 +49,7 @@ def names() -> dict[str, Any]:
 
 
 def test_the_page_has_the_recipes() -> None:
-    assert len(SECTIONS) == 5
+    assert len(SECTIONS) == 6
     assert all(SECTIONS.values())
 
 
