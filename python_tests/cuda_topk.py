@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ptx import Settings, compile_cuda, parse, run
-from ptx.compile import nvcc
+from ptx import Settings, parse, run
+from ptx.compile import kept_ptx, nvcc
 from ptx.harness import GPU, on_gpu
 from ptx.memory import GlobalMemory
 from ptx.parser import Kernel
@@ -115,17 +113,9 @@ def planned(planner: Callable[..., Any], *arguments: Any) -> list[Launch]:
 
 @functools.cache
 def ptx(target: int, family: str = "topk") -> str:
-    """Of all kernels. Compiled once for all test processes, as it takes seconds: build/ptx keeps it."""
+    """Of all kernels."""
     sources = [*sorted(SOURCES.glob(f"cuda/*{family}*")), SOURCES / "cuda/numbers.cuh", *SOURCES.glob("*.h")]
-    stamp = hashlib.sha256(b"\0".join([str(nvcc()).encode(), *(path.read_bytes() for path in sources)]))
-    kept = SOURCES.parent / "build/ptx" / f"{family}-{target}-{stamp.hexdigest()[:16]}.ptx"
-    if not kept.is_file():
-        text = compile_cuda(SOURCES / f"cuda/{family}.cu", target, FLAGS)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        fresh = kept.with_suffix(f".{os.getpid()}")
-        fresh.write_text(text)
-        fresh.replace(kept)
-    return kept.read_text()
+    return kept_ptx(SOURCES / f"cuda/{family}.cu", target, FLAGS, sources, SOURCES.parent / "build/ptx")
 
 
 def kernel_text(target: int, name: str) -> str:

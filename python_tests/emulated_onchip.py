@@ -8,7 +8,8 @@ from pathlib import Path
 
 import emulated
 import pytest
-from ptx import Report, Settings, compile_cuda, parse, run
+from ptx import Report, Settings, parse, run
+from ptx.compile import kept_ptx
 from ptx.parser import Kernel
 
 from kdkernels import onchip
@@ -20,7 +21,8 @@ TARGETS = (90, 100)
 @functools.cache
 def kernel_text(target: int) -> str:
     """PTX of all kernels."""
-    return compile_cuda(SOURCE, target, (f"-I{SOURCE.parents[1]}",))
+    sources = [*sorted(SOURCE.parent.glob("*onchip*")), *sorted(SOURCE.parents[1].glob("*.h"))]
+    return kept_ptx(SOURCE, target, (f"-I{SOURCE.parents[1]}",), sources, SOURCE.parents[2] / "build/ptx")
 
 
 @functools.lru_cache(maxsize=64)

@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,3 +131,18 @@ def compile_cuda(source: str | Path, target: int = 90, flags: Sequence[str] = ()
             raise RuntimeError(f"nvcc failed:\n{done.stderr}")
         _ptx[stamp] = result.read_text()
         return _ptx[stamp]
+
+
+def kept_ptx(source: Path, target: int, flags: Sequence[str], depends: Iterable[Path], folder: Path) -> str:
+    """`compile_cuda` once for all test processes, as it takes seconds: `folder` keeps the result for as long as the
+    contents of `depends`, the source and what it includes, are the same."""
+    parts = [str(nvcc()).encode(), *(flag.encode() for flag in flags), *(path.read_bytes() for path in depends)]
+    stamp = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+    kept = folder / f"{source.stem}-{target}-{stamp}.ptx"
+    if not kept.is_file():
+        text = compile_cuda(source, target, flags)
+        folder.mkdir(parents=True, exist_ok=True)
+        fresh = kept.with_suffix(f".{os.getpid()}")
+        fresh.write_text(text)
+        fresh.replace(kept)
+    return kept.read_text()
