@@ -32,7 +32,9 @@ def _demo(root: Path, student: Any, before: Any) -> Path:
     return root / "demo"
 
 
-def test_a_student_that_is_its_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_student_that_is_its_teacher_passes_and_one_further_away_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     demo = _demo(tmp_path, tiny.llama(2), tiny.llama(2, seed=7))
     line = ["--demo", str(demo), "--prompts", "2", "--tokens", "4"]
     assert report.main(line) == 0
@@ -48,10 +50,9 @@ def test_a_student_that_is_its_teacher(tmp_path: Path, capsys: pytest.CaptureFix
     capsys.readouterr()
     assert report.main(line) == 0  # nothing is measured twice
     assert capsys.readouterr().out.count("done before") == 6
-
-
-def test_a_student_that_has_not_come_closer_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    demo = _demo(tmp_path, tiny.llama(2, seed=7), tiny.llama(2))
-    assert report.main(["--demo", str(demo), "--prompts", "2", "--tokens", "4"]) == 1
+    scores = json.loads((demo / "distilled" / "evaluation" / "rse.json").read_text())
+    scores["overall"] = 1.0
+    (demo / "distilled" / "evaluation" / "rse.json").write_text(json.dumps(scores))
+    assert report.main(line) == 1
     assert "does not answer more like its teacher" in capsys.readouterr().err
-    assert report.main(["--demo", str(demo), "--prompts", "0"]) == 2
+    assert report.main([*line[:2], "--prompts", "0"]) == 2
