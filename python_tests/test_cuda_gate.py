@@ -200,6 +200,15 @@ def test_uniform_numbers_at_the_ends(place: int | str, u: float) -> None:
             assert found.token.tolist() == [5, 5]
 
 
+def test_entries_that_have_mass_together_only(place: int | str) -> None:
+    """Each of the others rounds to none of 2^-40 of the largest, not so their sum."""
+    faint = torch.full((2, 3000), -42 * math.log(2))
+    faint[:, 0] = 0
+    found = check(place, call(faint, faint + 1, uniforms=torch.tensor([0.5, LAST], dtype=torch.float64)))
+    assert found.token[0] == 0
+    assert found.token[1] > 0
+
+
 def test_uniform_numbers_that_are_none_have_no_token(place: int | str) -> None:
     student, teacher = pair(5, 300)
     uniforms = torch.tensor([1.0, -1e-9, NAN, INF, 0.5], dtype=torch.float64)

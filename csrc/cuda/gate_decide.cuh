@@ -16,6 +16,7 @@ struct DecideShared {
   u64 strips[kStrips];  // masses of 32 neighbours each
   u64 before;           // the mass before what was found
   int found, last;
+  int least[2][kBlockWarps];
 };
 
 // log2(x) within 2^-22 for x in [1, 2].
@@ -117,7 +118,7 @@ struct Speaker {
       const float2 record = records.at(i);
       if (record.x >= records.top && record.y > 0) first = min(first, i);
     }
-    return first_equal(least(first), records.top);
+    return first_equal(least(first, shared.least[0]), records.top);
   }
 
   __device__ int drawn(double u) {
@@ -138,14 +139,13 @@ struct Speaker {
   }
 
  private:
-  __device__ int least(int x) {
+  __device__ int least(int x, int (&warps)[kBlockWarps]) {
     x = __reduce_min_sync(kAll, x);
+    if (lane_of() == 0) warps[warp_of()] = x;
     __syncthreads();
-    if (threadIdx.x == 0) shared.found = 0x7fffffff;
-    __syncthreads();
-    if (lane_of() == 0) atomicMin(&shared.found, x);
-    __syncthreads();
-    return shared.found;
+#pragma unroll
+    for (int w = 0; w < kBlockWarps; ++w) x = min(x, warps[w]);
+    return x;
   }
 
   __device__ int first_equal(int number, float z) {
@@ -154,7 +154,7 @@ struct Speaker {
     for (int id = s.begin + static_cast<int>(threadIdx.x); id < s.end; id += kBlockThreads) {
       if (side.one(id) >= z) first = min(first, id);
     }
-    return least(first);
+    return least(first, shared.least[1]);
   }
 
   __device__ __forceinline__ u64 mass(int id, int end) const {

@@ -103,10 +103,11 @@ struct Filter {
     range.most = static_cast<u64>(key_of(top)) << 32 | 0xffffffffu;
     u64 above = 0;
     for (bool first = true;; first = false) {
-      const u64 total = count<kMass>(range);
+      u64 total;
+      const u64 upto = count<kMass>(range, &total);
       if (first && kMass) need = max(static_cast<u64>(ceil(share * static_cast<double>(total))), 1ull);
       if (first && total <= need) return floor;
-      find_digit<kMass>(above, need);
+      find_digit<kMass>(above + upto, need);
       above = shared.before;
       range.narrow(shared.digit);
       if (shared.inside <= kSlots) return best<kMass>(range, above, need);
@@ -184,9 +185,9 @@ struct Filter {
     });
   }
 
-  // The histogram, and the sum over it.
+  // The histogram; its sum from the top to this thread's two digits, and the whole.
   template <bool kMass>
-  __device__ u64 count(const Range& range) {
+  __device__ u64 count(const Range& range, u64* total) {
     for (int i = static_cast<int>(threadIdx.x); i < kDigits; i += kFilterThreads) {
       shared.counts[i] = 0;
       if (kMass) shared.masses[i] = 0;
@@ -198,9 +199,7 @@ struct Filter {
       if (kMass) atomicAdd(&shared.masses[digit], mass);
     });
     __syncthreads();
-    u64 total;
-    block_scan(of_digit<kMass>(0) + of_digit<kMass>(1), shared.scan, &total);
-    return total;
+    return block_scan(of_digit<kMass>(0) + of_digit<kMass>(1), shared.scan, total);
   }
 
   // Of this thread's two digits; thread 0 has the largest.
@@ -210,12 +209,10 @@ struct Filter {
     return kMass ? shared.masses[digit] : shared.counts[digit];
   }
 
-  // The digit at which the sum from the top, with what is above, reaches the need.
+  // The digit at which the sum from the top, `upto` this thread's two, reaches the need.
   template <bool kMass>
-  __device__ void find_digit(u64 above, u64 need) {
+  __device__ void find_digit(u64 upto, u64 need) {
     const u64 one = of_digit<kMass>(0), two = of_digit<kMass>(1);
-    u64 total;
-    const u64 upto = above + block_scan(one + two, shared.scan, &total);
     if (upto >= need && upto - one - two < need) {
       const bool second = upto - two < need;
       shared.digit = kDigits - 1 - 2 * static_cast<int>(threadIdx.x) - second;
@@ -242,8 +239,7 @@ struct Filter {
         if (threadIdx.x < size / 2) exchange(threadIdx.x, run, apart);
       }
     }
-    __syncthreads();
-    const unsigned i = 2 * threadIdx.x;
+    const unsigned i = 2 * threadIdx.x;  // the two that this thread has compared last
     const u64 one = weight<kMass>(i, n), two = weight<kMass>(i + 1, n);
     u64 total;
     const u64 upto = above + block_scan(one + two, shared.scan, &total);

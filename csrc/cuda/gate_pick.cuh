@@ -37,11 +37,10 @@ struct ScanShared {
   u64 warps[kWarps];
 };
 
-// The sum over this thread and those before it, and over all. Begins and ends with a barrier.
+// The sum over this thread and those before it, and over all. Between two of them lies a barrier.
 template <int kWarps>
 __device__ __forceinline__ u64 block_scan(u64 x, ScanShared<kWarps>& shared, u64* total) {
   x = warp_scan(x);
-  __syncthreads();
   if (lane_of() == 31) shared.warps[warp_of()] = x;
   __syncthreads();
   u64 before = 0, all = 0;
