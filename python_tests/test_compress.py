@@ -92,6 +92,20 @@ def test_tails_far_below_everything_kept(backend: str, vocab: int, k: int) -> No
     check(kd.compress(z, k, backend=backend), golden(z, k))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("temperature", [0.05, 1.0])
+def test_the_lowest_number_is_an_entry(backend: str, dtype: torch.dtype, temperature: float) -> None:
+    """finfo.min / T overflows where T < 1; its mass is 0, so is what it adds to the entropy."""
+    z = logits(2, 500, dtype)
+    z[:, ::3] = torch.finfo(dtype).min
+    found = kd.compress(z, 400, temperature=temperature, entropy=True, backend=backend)
+    expected = golden(z, 400, temperature)
+    assert torch.equal(found.ids.long(), expected.ids)
+    assert apart(found.log_probs, expected.log_probs.to(found.dtype)) < 1e-6
+    assert apart(found.log_tail, expected.log_tail.to(found.dtype)) < 1e-6
+    assert apart(found.entropy, expected.entropy) < 1e-6  # type: ignore[arg-type]
+
+
 def test_masked_entries_are_not_kept(backend: str) -> None:
     z = torch.full((2, 600), -torch.inf)
     z[0, [5, 500, 77]] = torch.tensor([1.0, 2.0, 3.0])

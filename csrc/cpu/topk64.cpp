@@ -58,7 +58,7 @@ Logs logs_of(const double* z, int64_t vocab, const Cut& c, double t) {
   for_each(z, vocab, c, [&](int64_t i, bool kept) {
     if (z[i] == -kInfinity) return;
     const double x = (z[i] - c.max) / t, e = exp(x);
-    weighted += x * e;
+    if (e > 0) weighted += x * e;  // x may have overflowed to -inf
     (kept ? kept_sum : tail_sum) += kept ? e : exp((z[i] - top) / t);
   });
   const double tail = top == -kInfinity ? top : log(tail_sum) + (top - c.max) / t;
