@@ -33,7 +33,7 @@ from torch.multiprocessing.spawn import spawn
 import kdkernels as kd
 from benchmarks import machine
 from benchmarks.results import dump
-from kdkernels import shard_pages
+from kdkernels import collectives, shard_pages
 
 RESULTS = Path(__file__).with_name("results") / "shards-cpu.json"
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "alpha_beta")
@@ -127,7 +127,7 @@ class Counter:
         self.sent: list[int] = []
 
     def __enter__(self) -> Counter:
-        self.gather: Any = dist.all_gather_into_tensor
+        self.gather: Any = getattr(dist, collectives.GATHER)
         self.add: Any = dist.all_reduce
 
         def gathering(result: torch.Tensor, x: torch.Tensor, **options: Any) -> Any:
@@ -147,7 +147,8 @@ class Counter:
     @staticmethod
     def replace(gather: Any, add: Any) -> None:
         """What `kdkernels.collectives` calls."""
-        dist.all_gather_into_tensor, dist.all_reduce = gather, add
+        setattr(dist, collectives.GATHER, gather)
+        dist.all_reduce = add
 
 
 def measure_sent(rank: int, size: int, quick: bool) -> list[dict[str, Any]]:

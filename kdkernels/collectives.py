@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Any, NoReturn, cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import _resolve_process_group
+
+GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+"""torch's name of it: from 2.13 on the first, of which the second warns."""
 
 DOUBTS: dict[str, Tensor] = {}
 """By a group's name: whether the digests that rode in its last call's first gather differed."""
@@ -45,12 +49,19 @@ class Ranks:
         """What `named` takes."""
         return str(self.group.group_name)
 
+    def device_of(self, side: object) -> torch.device:
+        """Where a side's numbers are; of what is no side, where the group's collectives take tensors."""
+        found = getattr(getattr(side, "hidden", side), "device", None)
+        if isinstance(found, torch.device):
+            return found
+        return torch.device("cuda" if dist.get_backend(self.group) == "nccl" else "cpu")
+
     def gather(self, x: Tensor) -> Pending:
         """Every rank's ``x``, of one shape, as ``[ranks, *x.shape]``."""
         x = x.contiguous()
         result = x.new_empty((self.size, *x.shape))
         try:
-            work = dist.all_gather_into_tensor(result.view(-1), x.view(-1), group=self.group, async_op=True)
+            work = getattr(dist, GATHER)(result.view(-1), x.view(-1), group=self.group, async_op=True)
         except RuntimeError as error:
             self.fail(error)
         return Pending(self, work, result, x)

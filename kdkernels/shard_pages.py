@@ -25,20 +25,28 @@ def exchanges_always(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def agree(ranks: Ranks, local: Local | None, error: Exception | None) -> tuple[list[dict[str, Any]], int]:
-    """Every rank's page, and the stamp of `kdkernels.ops.shards.Shard`; raises on every rank where they differ."""
-    always = local is None or exchanges_always(local.student.device)
+def agree(
+    ranks: Ranks, local: Local | None, error: Exception | None, device: torch.device
+) -> tuple[list[dict[str, Any]], int]:
+    """Every rank's page, and the stamp of `kdkernels.ops.shards.Shard`; raises on every rank where they differ.
+
+    Without ``local`` it raises ``error``; on a GPU, once the group is known, at once: the other ranks are among their
+    rows then, and an exchange would have this one wait for them until the group's timeout.
+    """
+    always = local is None or exchanges_always(device)
+    if error is not None and not exchanges_always(device) and any(name == ranks.name for name, _ in _known):
+        raise error
     page = {"error": _brief(f"{type(error).__name__}: {error}")} if local is None else local.page()
     columns = None if local is None else local.columns
     text = json.dumps({"page": page, "columns": columns}, default=str)
     stamp = zlib.crc32(json.dumps(page, default=str).encode()) % (2**24 - 1) + 1
     if always:
-        return exchange(ranks, text, error, None if local is None else local.student.device), 0
+        return exchange(ranks, text, error, device), 0
     _settle(ranks)
     assert local is not None
     key = (ranks.name, columns)
     if key not in _known:
-        _known[key] = exchange(ranks, text, error, local.student.device)
+        _known[key] = exchange(ranks, text, error, device)
     return _known[key], stamp
 
 
@@ -47,14 +55,17 @@ def _brief(text: str, most: int = 900) -> str:
     return "".join(c if c.isascii() and c.isprintable() and c not in '"\\' else "'" for c in text)[:most]
 
 
-def exchange(ranks: Ranks, text: str, error: Exception | None, device: torch.device | None) -> list[dict[str, Any]]:
-    """One all-gather of every rank's page; what differs is an error on all."""
+def exchange(ranks: Ranks, text: str, error: Exception | None, device: torch.device) -> list[dict[str, Any]]:
+    """One all-gather of every rank's page; what differs is an error on all, this rank's own before any other."""
     written = text.encode()[:PAGE].ljust(PAGE)
-    where = device if device is not None else torch.device("cpu")
-    given = torch.frombuffer(bytearray(written), dtype=torch.uint8).to(where)
-    pages = [json.loads(bytes(row.tolist())) for row in ranks.gather(given).wait().cpu()]
+    given = torch.frombuffer(bytearray(written), dtype=torch.uint8).to(device)
+    try:
+        gathered = ranks.gather(given).wait().cpu()
+    except RuntimeError as failure:
+        raise error or failure from failure.__cause__
     if error is not None:
         raise error
+    pages = [json.loads(bytes(row.tolist())) for row in gathered]
     for rank, told in enumerate(pages):
         if "error" in told["page"]:
             remedy = "this rank's arguments were accepted; every rank stops"

@@ -214,7 +214,7 @@ def loss_of(group: object | None, student: Any, teacher: Any, divergence: Any, a
     """`kdkernels.distillation_loss` over vocabulary shards. Under torch.compile it is left to eager torch."""
     ranks = Ranks(resolve(group, student, teacher))
     local, error = _attempt(lambda: prepare(student, teacher, divergence, asked))
-    pages, stamp = agree(ranks, local, error)
+    pages, stamp = agree(ranks, local, error, ranks.device_of(student))
     assert local is not None
     columns = columns_of(pages, ranks.rank, asked.vocab_size, local.sparse)
     leading, dtype = local.student.shape[:-1], local.student.dtype

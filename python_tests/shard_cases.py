@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import kdkernels as kd
-from kdkernels import shard_pages
+from kdkernels import collectives, shard_pages
 
 V = 301
 LABELS = torch.tensor([0, 300, -100, 150, 7])
@@ -214,7 +214,7 @@ class Traffic:
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[None]:
-        gather, add = dist.all_gather_into_tensor, dist.all_reduce
+        gather, add = getattr(dist, collectives.GATHER), dist.all_reduce
 
         def gathering(result: Tensor, x: Tensor, **options: Any) -> Any:
             self.sent.append(x.numel() * x.element_size())
@@ -224,11 +224,13 @@ class Traffic:
             self.sent.append(x.numel() * x.element_size())
             return add(x, **options)
 
-        dist.all_gather_into_tensor, dist.all_reduce = gathering, adding
+        setattr(dist, collectives.GATHER, gathering)
+        dist.all_reduce = adding
         try:
             yield
         finally:
-            dist.all_gather_into_tensor, dist.all_reduce = gather, add
+            setattr(dist, collectives.GATHER, gather)
+            dist.all_reduce = add
 
 
 def traffic(student: Any, teacher: Any, divergence: Any, **options: Any) -> list[int]:

@@ -78,6 +78,9 @@ def case_digests(world: World) -> None:
         with counting.counted():
             assert torch.equal(loss(student, teacher), whole)
         assert counting.sent == [16 * 5 + 4, 8 * 5]
+        with counting.counted():  # one rank's error cannot reach the others, who are among their rows: no waiting
+            refused(ValueError, "temperature", "> 0", call=lambda: loss(student, teacher, temperature=-1.0))
+        assert counting.sent == [16 * 5 + 4, 8 * 5]
         assert loss(student, teacher, temperature=2.0 if last else 1.0).isnan()
         refused(ValueError, "group", "different calls", call=lambda: loss(student, teacher))
         assert torch.equal(loss(student, teacher), whole)
