@@ -6,6 +6,7 @@
     python triton_budgets.py --markdown # prints the table of docs/gpu.md
 
 Counts are per (student, teacher) logit pair of one launch, from executed PTX; registers and spills are ptxas'.
+Occupancy is the share of a multiprocessor's threads that can be resident: the one number that may not fall.
 Sectors are relative to the least: both operands (the student's logits alone, where the teacher is sparse) read once,
 the gradient written once.
 """
@@ -141,6 +142,7 @@ def measure(case: Case) -> dict[str, float]:
         "spills": facts.spills,
         "shared": compiled.shared,
         "warps": compiled.threads // 32,
+        "occupancy": round(facts.occupancy(compiled.threads, compiled.shared), 3),
         "instructions": round(report.thread_instructions / VOCAB, 2),
         "special": round(report.special / VOCAB, 2),
         "loads": round(report.load_sectors * 32 / (operands * VOCAB * size), 3),
