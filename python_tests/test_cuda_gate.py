@@ -19,7 +19,7 @@ from kdkernels import native
 from kdkernels.ops.rows import Side
 
 pytestmark = [
-    pytest.mark.sample(6),
+    pytest.mark.sample(16),
     pytest.mark.skipif(bool(obstacle()), reason=obstacle() or "can be had"),
 ]
 
@@ -411,7 +411,7 @@ def draw_case(data: st.DataObject) -> None:
     check(data.draw(st.sampled_from([80, 90])), given_, Machine(data.draw(st.sampled_from([1, 9, 132])), cache))
 
 
-@settings(max_examples=6, phases=NO_SHRINKING)
+@settings(max_examples=3, phases=NO_SHRINKING)
 @given(st.data())
 def test_random_calls(data: st.DataObject) -> None:
     draw_case(data)
