@@ -233,6 +233,8 @@ def test_options_that_would_change_the_loss(tmp_path: Path, options: dict[str, A
 def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="teacher = None: must be a model"):
         trainer(tmp_path, tiny.llama(1), None)
+    with pytest.raises(TypeError, match=r"teacher = 'some/model': must be a model.*from_pretrained"):
+        trainer(tmp_path, tiny.llama(1), "some/model")
     with pytest.raises(ValueError, match="compute_loss_func"):
         kd.trainers.DistillationTrainer(
             tiny.llama(1), arguments(tmp_path), teacher=tiny.llama(1), compute_loss_func=lambda *_, **__: None

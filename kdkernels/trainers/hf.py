@@ -122,6 +122,9 @@ class DistillationMixin:
             if teacher is None and self.teacher_head is None:
                 remedy = "or teacher_head= with a column 'teacher_hidden'"
                 fail(ValueError, "teacher", None, "a model or a kdkernels.TeacherCache", remedy)
+            if teacher is not None and not isinstance(teacher, kd.TeacherCache):
+                remedy = "load a model by from_pretrained, a cache by kdkernels.TeacherCache.open"
+                fail(TypeError, "teacher", repr(teacher), "a model, a kdkernels.TeacherCache or None", remedy)
             return teacher
         teacher.eval().requires_grad_(False)
         trainer: Any = self
