@@ -13,6 +13,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
+
+from kdkernels import shard_pages
 
 FOLDER = Path(__file__).parent
 FILES = ("shard_cases.py", "shard_dtensors.py", "shard_faults.py", "shard_sparse.py")
@@ -71,3 +74,13 @@ def test_a_peer_that_is_gone_is_an_error_within_the_timeout(fault: str) -> None:
 def test_data_and_tensor_parallel_training_of_a_transformer() -> None:
     for results in told("mesh:4"):
         assert results["mesh"] == "", results["mesh"]
+
+
+def test_a_wrong_argument_is_told_although_the_exchange_fails() -> None:
+    class Gone:
+        def gather(self, x: torch.Tensor) -> None:
+            raise RuntimeError("a peer died")
+
+    for error, words in ((ValueError("temperature"), "temperature"), (None, "a peer died")):
+        with pytest.raises(type(error or RuntimeError()), match=words):
+            shard_pages.exchange(Gone(), "{}", error, torch.device("cpu"))  # type: ignore[arg-type]
