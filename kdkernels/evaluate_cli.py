@@ -114,10 +114,12 @@ def interruptible(command: Callable[[argparse.Namespace], int]) -> Callable[[arg
 
 def _rse(arguments: argparse.Namespace) -> int:
     from kdkernels.evaluation import records
-    from kdkernels.evaluation.similarity import response_similarity
+    from kdkernels.evaluation.similarity import checked, response_similarity
 
     rows = records.read_records(arguments.data)
     output = Path(arguments.output)
+    draws: dict[str, Any] = {"level": arguments.level, "resamples": arguments.resamples, "seed": arguments.seed}
+    checked([row.prompt for row in rows], [row.dataset for row in rows], [row.id for row in rows], **draws)
     for side, file, model in (
         ("reference", arguments.references, arguments.reference_model),
         ("response", arguments.responses, arguments.model),
@@ -136,8 +138,7 @@ def _rse(arguments: argparse.Namespace) -> int:
     with bar("judged", arguments.quiet) as progress:
         result = response_similarity(
             [row.prompt for row in rows], [row.reference for row in rows], [row.response for row in rows],
-            judge, datasets=[row.dataset for row in rows], ids=[row.id for row in rows],
-            level=arguments.level, resamples=arguments.resamples, seed=arguments.seed, progress=progress,
+            judge, datasets=[row.dataset for row in rows], ids=[row.id for row in rows], **draws, progress=progress,
         )  # fmt: skip
     result.save(output / "rse.json")
     if not arguments.quiet:

@@ -40,6 +40,7 @@ class ChatServer:
         self.times: list[float] = []
         self.now = self.most = 0
         self.status: int | None = None  # every request is refused with it
+        self.body: bytes | None = None  # every request is answered with it
         self.url = ""
         self.turn = itertools.cycle(FAULTS)
 
@@ -101,6 +102,8 @@ def _handler(state: ChatServer) -> type[BaseHTTPRequestHandler]:
                 return self.send(429, b'{"error": {"message": "slow down"}}', {"Retry-After": "0.01"})
             if fault == "500":
                 return self.send(500, b"<html>oops</html>", kind="text/html")
+            if state.body is not None:
+                return self.send(200, state.body)
             answer = json.dumps(
                 {
                     "id": "x", "object": "chat.completion", "created": 0, "model": body["model"],

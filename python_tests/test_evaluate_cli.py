@@ -198,6 +198,7 @@ def test_wrong_commands_are_one_line(arguments: list[str], text: str, capsys: py
         ('{"prompt": []}\n', "line 1: prompt is []"),
         ('\n{"prompt": "a", "answer": "b"}\n', "line 2 has 'answer'; allowed: prompt, reference"),
         ('{"prompt": "a", "reference": 3}\n', "line 1: reference is 3"),
+        ('{"prompt": "a", "reference": "\\ud83d"}\n', "line 1 holds half a surrogate pair"),
         ('{"prompt": "a", "reference": "b"}\n', "no prompt has a response; give it in --data, by --responses FILE, or"),
         ('{"prompt": "a", "reference": "b", "response": "c"}\n' * 2, "prompts[1] repeats prompts[0]"),
         ('{"prompt": " ", "reference": "b", "response": "c"}\n', "prompts[0] is ' '"),
@@ -209,6 +210,42 @@ def test_wrong_data_is_one_line(content: str, text: str, tmp_path: Path, capsys:
     status, out, errors = run(capsys, *line)
     assert (status, out, errors.count("\n")) == (2, "", 1)
     assert text in errors
+
+
+def test_separators_within_a_text_do_not_part_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "one\u2028two\u2029three\x85four\r\nfive"
+    data = tmp_path / "d.jsonl"
+    row = {"prompt": text, "reference": text, "response": text}
+    data.write_bytes(b"\xef\xbb\xbf" + json.dumps(row, ensure_ascii=False).encode() + b"\r\n")
+    for given in (data, tmp_path / "o" / "answers.jsonl"):  # what it writes it reads
+        assert run(capsys, "evaluate", "rse", "--data", given, "--output", tmp_path / "o", "--quiet")[0] == 0
+    assert SimilarityResult.load(tmp_path / "o" / "rse.json").overall == 5.0
+    [kept] = (tmp_path / "o" / "answers.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    assert json.loads(kept)["response"] == text
+
+
+def test_nothing_is_asked_before_prompts_and_options_are_right(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    once, twice = (write(tmp_path / f"{n}.jsonl", [{"prompt": "a", "reference": "b"}] * n) for n in (1, 2))
+    with ChatServer(lambda _: "c").running() as server:
+        line = ["evaluate", "rse", "--output", tmp_path / "o", "--quiet", "--model", f"endpoint:m@{server.url}"]
+        for more, text in (
+            (["--data", twice], "repeats prompts[0]"),
+            (["--data", once, "--seed", "-1"], "seed is -1"),
+            (["--data", once, "--resamples", "9"], "resamples is 9"),
+        ):
+            status, _, errors = run(capsys, *line, *more)
+            assert (status, errors.count("\n")) == (2, 1)
+            assert text in errors
+        assert not server.asked
+
+
+def test_an_output_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write(tmp_path / "data.jsonl", ROWS)
+    status, _, errors = run(capsys, "evaluate", "rse", "--data", data, "--output", data, "--quiet")
+    assert (status, errors.count("\n")) == (2, 1)
+    assert "cannot be written" in errors
 
 
 def test_an_interrupt_says_how_to_go_on(

@@ -16,7 +16,7 @@ from chat_server import FAULTS, ChatServer
 
 from kdkernels.errors import UserError
 from kdkernels.evaluation.chat import Reply, ask, user
-from kdkernels.evaluation.endpoint import EndpointChat
+from kdkernels.evaluation.endpoint import EndpointChat, _seconds
 from kdkernels.evaluation.reply_cache import CachedChat, ReplyCache
 
 pytest.importorskip("openai")
@@ -172,6 +172,38 @@ def test_the_endpoint_s_own_pause_is_kept() -> None:
         began = time.monotonic()
         ask(EndpointChat("m", server.url, retry_delay=30.0), [user("x")])
         assert 0.01 <= time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"null", b"[]", b'{"choices": [null]}', b'{"choices": [{"message": null}]}',
+        b'{"choices": [{"message": "x"}]}', b'{"choices": [{"message": {"content": ["x"]}}]}',
+        b'{"choices": [{"message": {"content": "x"}}], "usage": "y"}',
+        b'{"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": 1e999}}', b"[" * 200_000,
+    ],
+)  # fmt: skip
+def test_bodies_that_are_no_answer_are_asked_for_again_and_then_said(body: bytes) -> None:
+    with ChatServer(echo).running() as server:
+        chat = EndpointChat("m", server.url, retries=1, retry_delay=0.001)
+        server.body = body
+        with pytest.raises(UserError, match=r"what it sent is no answer .*, 2 times"):
+            ask(chat, [user("x")])
+
+
+def test_half_a_character_is_kept_as_a_mark(tmp_path: Path) -> None:
+    """A limit on tokens may cut an emoji in two; JSON can say that, files and hashes cannot."""
+    with ChatServer(lambda _: "fine \ud83d").running() as server:
+        chat = CachedChat(EndpointChat("m", server.url), tmp_path / "r.sqlite")
+        [reply] = ask(chat, [user("x")])
+        assert reply.text == "fine \ufffd"
+        ask(chat, [[*user("x"), {"role": "assistant", "content": reply.text}, *user("y")]])
+        assert len(chat.cache) == 2
+
+
+@pytest.mark.parametrize(("header", "seconds"), [("2.5", 2.5), (None, 0), ("-1", 0), ("nan", 0), ("inf", 0), ("x", 0)])
+def test_pauses_are_read(header: str | None, seconds: float) -> None:
+    assert _seconds(header) == seconds
 
 
 def test_tokens_and_cost_are_counted() -> None:

@@ -56,6 +56,9 @@ def test_hard_needs_one_claimed_source_that_the_prompt_did_not_name() -> None:
     both = [answer(0, True, "GPT", "Claude", prompt="Are you GPT?"), answer(1, True, "GPT", prompt="Not by OpenAI?")]
     found = rates(both, SUSPECTED)
     assert (found["strict"].value, found["hard"].value) == (1.0, 0.5)
+    written = {"Qwen": ("Qwen", "Tongyi")}
+    assert rates([answer(0, True, "Qwen", prompt="so you are qwen?")], written)["hard"].value == 0.0
+    assert rates([answer(0, True, "Qwen", prompt="what are qwens?")], written)["hard"].value == 1.0
 
 
 def test_answers_without_a_verdict_are_not_scored() -> None:
@@ -263,6 +266,9 @@ def test_a_facts_file_that_is_no_yaml(tmp_path: Path) -> None:
     ("options", "text"),
     [
         ({"budget": 0}, "budget is 0"),
+        ({"level": 7.0}, "level is 7.0; allowed: between 0 and 1"),
+        ({"resamples": 0}, "resamples is 0; allowed: 100 or more"),
+        ({"seed": -1}, "seed is -1; allowed: 0 or more"),
         ({"questions": []}, "questions are empty"),
         ({"questions": [{"aspect": "mood", "text": "?"}]}, "aspect is 'mood'; allowed: team"),
         ({"questions": [{"aspect": "team", "text": ""}]}, "text is ''"),
@@ -283,11 +289,17 @@ def test_a_facts_file_that_is_no_yaml(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_options(options: dict[str, Any], text: str) -> None:
+    model = Model()
     with pytest.raises(UserError, match=text):
-        identity_consistency(Model(), FACTS, **options)
+        identity_consistency(model, FACTS, **options)
+    assert not model.prompts  # nothing was paid for
 
 
 def test_wrong_transcripts(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for place in (tmp_path, tmp_path / "file" / "t"):
+        with pytest.raises(UserError, match="cannot be written"):
+            identity_consistency(Model(), FACTS, budget=10, transcript=place)
     identity_consistency(Model(), FACTS, budget=10, transcript=tmp_path / "t")
     with pytest.raises(UserError, match="exists; go on with resume=True"):
         identity_consistency(Model(), FACTS, budget=10, transcript=tmp_path / "t")

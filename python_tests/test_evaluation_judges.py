@@ -158,6 +158,7 @@ def test_what_is_no_judge_is_refused() -> None:
 
 def test_functions_are_chats() -> None:
     assert ask(as_chat("model", str.upper), [user("a"), user("b")])[1].text == "B"
+    assert ask(as_chat("model", lambda _: "\ud83d\ude00 cut \ud83d"), [user("a")])[0].text == "\U0001f600 cut \ufffd"
     with pytest.raises(UserError, match="returned a int"):
         ask(CallableChat(len), [user("a")])  # type: ignore[arg-type]
     with pytest.raises(UserError, match="model is 3; allowed"):

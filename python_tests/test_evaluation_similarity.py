@@ -226,6 +226,7 @@ def test_json_round_trip(tmp_path: Path) -> None:
         ((["a", "b"], ["r"] * 2, ["s"] * 2), {"ids": ["1", "1"]}, "ids has 1 different names"),
         ((["a"], ["r"], ["s"]), {"level": 95}, "level is 95; allowed: between 0 and 1"),
         ((["a"], ["r"], ["s"]), {"resamples": 1}, "resamples is 1"),
+        ((["a", "b"], ["r"] * 2, ["s"] * 2), {"seed": -1}, "seed is -1; allowed: 0 or more"),
         ((["a"], ["r"], ["s"]), {"judge": 4}, "judge is 4; allowed"),
     ],
 )

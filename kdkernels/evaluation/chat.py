@@ -113,7 +113,7 @@ class CallableChat:
             text = self.function(conversation[-1]["content"])
             if not isinstance(text, str):
                 raise UserError(f"{self.name} returned a {type(text).__name__}; allowed: the answer's text, a str")
-            yield index, Reply(text)
+            yield index, Reply(storable(text))
 
 
 def as_chat(what: str, value: Any) -> Chat:
@@ -138,6 +138,11 @@ def ask(chat: Chat, conversations: Sequence[Conversation]) -> list[Reply]:
     """All replies, in the order of the conversations."""
     found: dict[int, Reply] = dict(chat.replies(conversations))
     return [found[i] for i in range(len(conversations))]
+
+
+def storable(text: str) -> str:
+    """The text with lone surrogates (half an emoji, cut by a limit on tokens) as U+FFFD: no file can hold them."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def user(text: str) -> list[dict[str, str]]:

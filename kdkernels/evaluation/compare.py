@@ -14,6 +14,7 @@ from kdkernels.data import Blocks
 from kdkernels.errors import UserError
 from kdkernels.evaluation.calibration import BINS
 from kdkernels.evaluation.compare_result import BEFORE, STUDENT, ComparisonResult, Slice, summarise
+from kdkernels.evaluation.intervals import check_draws
 from kdkernels.evaluation.sides import Sides, Texts, blocks_of
 from kdkernels.evaluation.sweep import TEACHER, Subject, Sweep, vocabulary_of
 from kdkernels.evaluation.tally import Layout, Tally, frequencies
@@ -65,7 +66,8 @@ def compare_models(
     dropped: memory does not grow with the text, beyond its own 4 bytes a token. Models are put in eval mode and back.
     Raises `UserError` for text without a token to predict, vocabularies or tokenizers that differ, wrong values.
     """
-    _check(block_size, batch_size, max_tokens, top_k, level, resamples, collapse)
+    check_draws(level, resamples, seed)
+    _check(block_size, batch_size, max_tokens, top_k, collapse)
     sides = Sides(teacher, student, before, tokenizer, dtype)
     blocks = blocks_of(texts, block_size, sides)
     length = next(iter(blocks.values())).length
@@ -199,16 +201,12 @@ def _warnings(
         yield f"{name}: the student's entropy has collapsed{size}"
 
 
-def _check(
-    block_size: int, batch_size: int, max_tokens: int | None, top_k: int, level: float, resamples: int, collapse: float
-) -> None:
+def _check(block_size: int, batch_size: int, max_tokens: int | None, top_k: int, collapse: float) -> None:
     for name, value, least in (
         ("block_size", block_size, 2), ("batch_size", batch_size, 1), ("max_tokens", max_tokens, 1),
-        ("top_k", top_k, 1), ("resamples", resamples, 100),
+        ("top_k", top_k, 1),
     ):  # fmt: skip
         if value is not None and value < least:
             raise UserError(f"{name} is {value}; allowed: {least} or more")
-    if not 0 < level < 1:
-        raise UserError(f"level is {level}; allowed: between 0 and 1")
     if not 0 < collapse <= 1:
         raise UserError(f"collapse is {collapse}; allowed: above 0, at most 1")

@@ -8,6 +8,7 @@ are no answer.
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,11 +17,12 @@ from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from kdkernels.errors import UserError
-from kdkernels.evaluation.chat import Conversation, Meter, Reply, Usage
+from kdkernels.evaluation.chat import Conversation, Meter, Reply, Usage, storable
 from kdkernels.evaluation.limits import RateLimits, Stopped, backoff
 from kdkernels.optional import need
 
 _RETRIED = (408, 409, 425, 429)
+_NO_ANSWER = (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError)
 
 
 class _Passing(Exception):  # noqa: N818
@@ -159,7 +161,7 @@ class EndpointChat:
             raise _Passing(
                 "no answer in time" if isinstance(error, errors.APITimeoutError) else _cause(error)
             ) from None
-        except (errors.APIError, ValueError, KeyError, TypeError, IndexError) as error:
+        except (errors.APIError, *_NO_ANSWER) as error:
             raise _Passing(f"what it sent is no answer ({type(error).__name__})") from None
 
     def _refused(self, error: Any) -> NoReturn:
@@ -193,7 +195,7 @@ def _split(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _reply(content: bytes) -> Reply:
-    """The answer in a response's body; ValueError, KeyError, ... where there is none."""
+    """The answer in a response's body; one of `_NO_ANSWER` where there is none."""
     data = json.loads(content)
     message = data["choices"][0]["message"]
     text, usage = message.get("content"), data.get("usage") or {}
@@ -201,14 +203,15 @@ def _reply(content: bytes) -> Reply:
         text = message.get("refusal") or ""
     if not isinstance(text, str):
         raise TypeError("content is no text")
-    return Reply(text, int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
+    return Reply(storable(text), int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
 
 
 def _seconds(header: str | None) -> float:
     try:
-        return max(float(header or 0), 0.0)
+        seconds = float(header or 0)
     except ValueError:
         return 0.0
+    return max(seconds, 0.0) if math.isfinite(seconds) else 0.0
 
 
 def _cause(error: BaseException) -> str:

@@ -13,6 +13,7 @@ from kdkernels.errors import UserError
 from kdkernels.evaluation.chat import Chat, as_chat, ask, user
 from kdkernels.evaluation.facts import ASPECTS, Facts, Question, Source, load_facts, load_questions, load_sources
 from kdkernels.evaluation.identity_result import RATES, IdentityAnswer, IdentityResult, claims, rates, rates_by_aspect
+from kdkernels.evaluation.intervals import check_draws
 from kdkernels.evaluation.judges import Judge, as_judge, collect, describe
 from kdkernels.evaluation.mutators import MUTATORS, ChatMutator, RewritingMutator
 from kdkernels.evaluation.templates import SLOT, SOURCE, Pool, load_templates, template_id
@@ -58,6 +59,7 @@ def identity_consistency(
     """
     if budget < 1:
         raise UserError(f"budget is {budget}; allowed: 1 or more answers")
+    check_draws(level, resamples, seed)
     known, pool = load_facts(facts), load_templates(templates)
     asked = [q for q in load_questions(questions, language) if q.language in pool]
     if not asked:

@@ -17,9 +17,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kdkernels.errors import UserError
+
 Array = NDArray[np.float64]
 Interval = tuple[float, float]
 _CHUNK = 1 << 22  # weights at a time: 32 MiB
+
+
+def check_draws(level: float, resamples: int, seed: int) -> None:
+    """`UserError` for options that no bootstrap can follow; called before anything is asked or measured."""
+    if not 0 < level < 1:
+        raise UserError(f"level is {level}; allowed: between 0 and 1")
+    if resamples < 100:
+        raise UserError(f"resamples is {resamples}; allowed: 100 or more")
+    if seed < 0:
+        raise UserError(f"seed is {seed}; allowed: 0 or more")
 
 
 def resampled_sums(table: Array, *, resamples: int, seed: Sequence[int]) -> Array:

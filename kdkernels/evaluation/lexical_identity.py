@@ -118,8 +118,8 @@ def _without(text: str, names: Iterable[str]) -> str:
 
 
 def mentions(text: str, names: Iterable[str]) -> bool:
-    """True where one of the names stands in a text."""
-    return any(_pattern(name).search(text) for name in names)
+    """True where one of the names stands in a text, however it is written: "are you qwen?" names Qwen."""
+    return any(re.search(_pattern(name).pattern, text, re.IGNORECASE) for name in names)
 
 
 def _pattern(name: str) -> re.Pattern[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -105,7 +106,8 @@ def _filled(record: Record, side: str, answer: Answer) -> Record:
 
 def _rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+        # not splitlines: U+2028 and its like may stand within a line of JSON
+        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     for number, line in enumerate(lines, 1):
@@ -117,6 +119,8 @@ def _rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
             raise UserError(f"{path}: line {number} is no JSON: {error}") from error
         if not isinstance(row, dict):
             raise UserError(f"{path}: line {number} is a {type(row).__name__}; allowed: a JSON object")
+        if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
+            raise UserError(f"{path}: line {number} holds half a surrogate pair (\\ud800 to \\udfff); allowed: text")
         yield number, row
 
 

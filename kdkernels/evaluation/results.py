@@ -15,12 +15,15 @@ VERSION = 1
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file, whole or not at all; `UserError` where it cannot be written."""
 
     def write(file: BinaryIO) -> None:
         file.write(text.encode())
 
-    write_atomically(Path(path).expanduser(), write)
+    try:
+        write_atomically(Path(path).expanduser(), write)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); choose another folder or file") from error
 
 
 class Result:

@@ -10,7 +10,7 @@ import numpy as np
 
 from kdkernels.errors import UserError
 from kdkernels.evaluation import text
-from kdkernels.evaluation.intervals import mean_intervals
+from kdkernels.evaluation.intervals import check_draws, mean_intervals
 from kdkernels.evaluation.judges import Judge, as_judge, collect, describe
 from kdkernels.evaluation.similarity_result import MEASURES, SCALES, DatasetScore, PromptScore, SimilarityResult
 from kdkernels.evaluation.verdicts import SimilarityCase, SimilarityScores, Unparsable
@@ -52,14 +52,11 @@ def response_similarity(
     The order of the prompts changes nothing. Raises `UserError` for empty or repeated prompts, lengths that differ, and
     judges that fail for good.
     """
-    names = _names(datasets, len(prompts))
-    turns = _turns(prompts, names)
+    names, turns, labels = checked(prompts, datasets, ids, level=level, resamples=resamples, seed=seed)
     answers = [
         (_answers("references", i, r, len(turns[i])), _answers("responses", i, a, len(turns[i])))
         for i, (r, a) in enumerate(zip(*_equally_long(prompts, references, responses), strict=True))
     ]
-    labels = _ids(ids, len(prompts))
-    _check_numbers(level, resamples)
     chosen = as_judge(judge, "similarity")
     cases, places = _cases(turns, answers)
     done = 0
@@ -81,6 +78,22 @@ def response_similarity(
         for i in range(len(prompts))
     )
     return _result(rows, chosen, level, resamples, seed)
+
+
+def checked(
+    prompts: Sequence[Prompt],
+    datasets: Sequence[str] | None,
+    ids: Sequence[str] | None,
+    *,
+    level: float,
+    resamples: int,
+    seed: int,
+) -> tuple[list[str], list[list[str]], list[str]]:
+    """(data set, turns, id) of each prompt, after all checks that need no answer: call it before paying for answers."""
+    names = _names(datasets, len(prompts))
+    turns, labels = _turns(prompts, names), _ids(ids, len(prompts))
+    check_draws(level, resamples, seed)
+    return names, turns, labels
 
 
 def _cases(turns: list[list[str]], answers: list[tuple[Any, Any]]) -> tuple[list[SimilarityCase], list[int]]:
@@ -257,10 +270,3 @@ def _ids(ids: Sequence[str] | None, count: int) -> list[str]:
     if len(labels) != count or len(set(labels)) != count:
         raise UserError(f"ids has {len(set(labels))} different names; allowed: one for each of the {count} prompts")
     return labels
-
-
-def _check_numbers(level: float, resamples: int) -> None:
-    if not 0 < level < 1:
-        raise UserError(f"level is {level}; allowed: between 0 and 1")
-    if resamples < 100:
-        raise UserError(f"resamples is {resamples}; allowed: 100 or more")

@@ -29,10 +29,13 @@ class Transcript:
             raise UserError(f"transcript {str(path)!r} exists; go on with resume=True (--resume) or name another file")
         settings = json.loads(json.dumps(settings))
         self._take(old, settings, str(path))
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with place.open("r+b" if place.is_file() else "wb") as file:
-            file.truncate(len(old))  # a line that was cut short by a kill
-        self._file = place.open("a", encoding="utf-8")
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with place.open("r+b" if place.is_file() else "wb") as file:
+                file.truncate(len(old))  # a line that was cut short by a kill
+            self._file = place.open("a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"transcript {str(path)!r} cannot be written ({error.strerror}); name another") from error
         if not old:
             self._write({"event": "start", "settings": settings})
 
