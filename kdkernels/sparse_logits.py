@@ -123,7 +123,8 @@ class SparseLogits:
         """The same rows at another temperature T', exactly, if its tail was stored (``other_tails``).
 
         Kept entries follow from those at T: ``log p' = (T / T') log p + c``, where c makes their mass
-        ``1 - exp(log_tail')``; the tail's mass does not follow from its mass at T. The entropy is dropped.
+        ``1 - exp(log_tail')``; the tail's mass does not follow from its mass at T. The entropy is dropped. What errors
+        the stored log-probabilities have (rounding, `encode`'s steps) count T / T' times.
         """
         if temperature == self.temperature:
             return self

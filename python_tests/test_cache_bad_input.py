@@ -169,6 +169,19 @@ def test_paths_that_cannot_be(tmp_path: Path) -> None:
     assert len(CacheReader(tmp_path / "cache")) == 3
 
 
+def test_a_cache_that_nothing_was_committed_to_may_begin_again(tmp_path: Path) -> None:
+    with create(tmp_path / "cache"), pytest.raises(CacheError, match="being written by another process"):
+        create(tmp_path / "cache", k=7)  # it may still get examples
+    with pytest.raises(CacheError, match=r"k = 7: must be as the cache .* began"):
+        create(tmp_path / "cache", k=7, resume=True)
+    (tmp_path / "cache" / ".part").mkdir()  # what a rank has written, for one
+    with pytest.raises(CacheError, match="must be new, it is a cache of 0 examples"):
+        create(tmp_path / "cache", k=7)
+    (tmp_path / "cache" / ".part").rmdir()
+    with create(tmp_path / "cache", k=7) as cache:
+        assert cache.settings.k == CacheReader(tmp_path / "cache").settings.k == 7
+
+
 def test_one_writer_at_a_time(tmp_path: Path) -> None:
     with create(tmp_path / "cache") as cache:
         with pytest.raises(CacheError, match="is being written by another process"):

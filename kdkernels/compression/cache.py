@@ -74,7 +74,7 @@ class TeacherCache:
         resume: bool = False,
         shard_bytes: int = SHARD_BYTES,
     ) -> TeacherCache:
-        """A new cache in a folder that is missing or empty.
+        """A new cache in a folder that is missing or empty, or holds a cache that nothing was ever committed to.
 
         Args:
             path: the folder.

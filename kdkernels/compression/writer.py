@@ -43,7 +43,10 @@ class CacheWriter:
     def create(
         cls, path: str | Path, settings: Settings, *, resume: bool = False, shard_bytes: int = SHARD_BYTES
     ) -> CacheWriter:
-        """A new cache in a folder that is missing or empty; with `resume` also an existing one of these settings."""
+        """A new cache in a folder that is missing or empty; with `resume` also an existing one of these settings.
+
+        A cache that nothing was ever committed to counts as an empty folder: the next attempt may have other settings.
+        """
         self, folder = cls.__new__(cls), Path(path)
         self.path = folder
         _check_shard_bytes(shard_bytes)
@@ -54,7 +57,7 @@ class CacheWriter:
             fail(CacheError, "path", repr(str(path)), f"a folder that can be made ({error.strerror})", "choose another")
         handle = lock(folder)
         try:
-            if (folder / NAME).exists():
+            if (folder / NAME).exists() and (resume or not _unused(folder)):
                 _check_same(folder, read_manifest(folder).settings, settings)
             else:
                 _write_manifest(folder, Manifest(settings))
@@ -251,7 +254,7 @@ def _write_manifest(folder: Path, manifest: Manifest) -> None:
 def _check_new(folder: Path, resume: bool) -> None:
     """Refuse a path that holds something else (or, without `resume`, a cache)."""
     if (folder / NAME).exists():
-        if not resume:
+        if not (resume or _unused(folder)):
             examples = read_manifest(folder).examples
             remedy = "go on with resume=True (--resume), or choose another"
             fail(CacheError, "path", repr(str(folder)), f"new, it is a cache of {examples} examples", remedy)
@@ -259,6 +262,11 @@ def _check_new(folder: Path, resume: bool) -> None:
         fail(CacheError, "path", repr(str(folder)), "a folder, it is a file", "choose another")
     elif folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
         fail(CacheError, "path", repr(str(folder)), "an empty folder or a cache, it is neither", "choose another")
+
+
+def _unused(folder: Path) -> bool:
+    """Whether a cache has nothing but its manifest and lock: no shard, listed or not, no part of a rank."""
+    return {path.name for path in folder.iterdir()} <= {NAME, ".lock"} and not read_manifest(folder).shards
 
 
 def _check_same(folder: Path, recorded: Settings, asked: Settings) -> None:
