@@ -35,7 +35,7 @@ def _report(arguments: argparse.Namespace) -> int:
     from kdkernels.evaluation.results import write_text
     from kdkernels.report.evaluation import evaluation_json, evaluation_page, verdicts
     from kdkernels.report.headline import figures
-    from kdkernels.report.regression import check, read_rules
+    from kdkernels.report.regression import UNKNOWN, check, read_rules
     from kdkernels.report.version import load_versions
 
     if arguments.thresholds and not arguments.baseline:
@@ -51,6 +51,11 @@ def _report(arguments: argparse.Namespace) -> int:
     write_text(page, evaluation_page(versions, checks, baseline))
     values = evaluation_json(versions, checks, baseline)
     write_text(numbers, json.dumps(_finite(values), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    if baseline is not None and all(c.verdict == UNKNOWN for c in checks):
+        raise UserError(
+            f"baseline is {arguments.baseline!r}; no figure is known of both runs, so nothing was held against it; run "
+            "kdkernels evaluate on both, or name figures without an interval in --thresholds"
+        )
     failed = [c for c in checks if c.failed]
     for one in failed:
         print(f"{one.verdict}: {one.name}: {_plain(one.old)} to {_plain(one.new)} ({one.reason})")

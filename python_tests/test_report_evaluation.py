@@ -209,6 +209,58 @@ def test_damaged_files_are_named_on_the_page(run: Path, tmp_path: Path) -> None:
     assert version.comparison() is not None
 
 
+def _set(values: Any, *path: Any) -> str:
+    """JSON of `values` with what lies at the end of `path` put in the place of what lies there."""
+    *above, last, new = path
+    place = values
+    for key in above:
+        place = place[key]
+    place[last] = new
+    return json.dumps(values)
+
+
+@pytest.mark.parametrize(
+    ("file", "path", "text"),
+    [
+        ("evaluation/compare.json", ("overall", "figures", "student", "ece", "low", "x"), "ece.low is 'x'; allowed"),
+        ("evaluation/compare.json", ("calibration", "student", 0, "accuracy", [1]), "accuracy is [1]; allowed"),
+        ("evaluation/compare.json", ("collapse", "x"), "collapse is 'x'; allowed: float"),
+        ("evaluation/rse.json", ("overall", "x"), "overall is 'x'"),
+        ("evaluation/rse.json", ("datasets", "chat", "means", {}), "is no 'kdkernels.response_similarity'"),
+        ("evaluation/rse.json", ("intervals", "overall", [1]), "is no 'kdkernels.response_similarity'"),
+        ("evaluation/ice.json", ("aspects", "team", {}), "is no 'kdkernels.identity_consistency'"),
+        ("evaluation/ice.json", ("loose", "value", True), "loose.value is True"),
+        ("evaluation/ice.json", ("kind", ["kdkernels.x"]), ""),
+        (
+            "evaluation/generate.json",
+            (0, "by_position", "jsd", 0, {}),
+            "holds rows that are none of kdkernels generate",
+        ),
+        ("summary.json", ("after", {"code": 3}), "after holds no scores by domain"),
+        ("metrics.jsonl", ("step", None), "metrics.jsonl: line 1 is no event"),
+        ("metrics.jsonl", ("step", 1e300), "metrics.jsonl: line 1 is no event"),
+        ("metrics.jsonl", ("domains", {"code": 3}), "metrics.jsonl: line 1 is no event"),
+        ("metrics.jsonl", ("weights", 3), "metrics.jsonl: line 1 is no event"),
+    ],
+)
+def test_wrong_types_are_named_on_the_page(
+    run: Path, tmp_path: Path, file: str, path: tuple[Any, ...], text: str
+) -> None:
+    hurt = tmp_path / "hurt"
+    shutil.copytree(run, hurt)
+    if file == "metrics.jsonl":
+        kind = {"domains": "eval", "weights": "ddk"}.get(path[0], "step")
+        rows = [row for row in log() if row["event"] == kind]
+        (hurt / file).write_text("\n".join([_set(rows[0], *path), *map(json.dumps, rows[1:])]))
+    else:
+        (hurt / file).write_text(_set(json.loads((hurt / file).read_text()), *path))
+    version = load_version(hurt, "hurt")
+    words = Reader(evaluation_page([version])).words
+    assert text in words
+    assert figures(version)
+    assert len(version.problems) == (1 if text else 0)
+
+
 def test_folders_that_cannot_be_reported(tmp_path: Path, run: Path) -> None:
     (tmp_path / "empty").mkdir()
     for folders, message in (
@@ -224,6 +276,41 @@ def test_versions_stand_side_by_side(run: Path, tmp_path: Path) -> None:
     words = Reader(evaluation_page(load_versions([str(run), str(tmp_path / "better")]))).words
     assert "0.300 (0.280 to 0.320) ★" in words
     assert "0.600 (0.580 to 0.620) ★" not in words  # agreement is the same
+
+
+def test_numbers_that_are_none_are_shown_as_unknown_and_fail(run: Path, tmp_path: Path) -> None:
+    """A run that diverged writes NaN into its summary; a comparison has None for it."""
+    shutil.copytree(run, tmp_path / "nan")
+    summary = json.loads((run / "summary.json").read_text())
+    summary["after"]["code"]["kl"] = float("nan")
+    (tmp_path / "nan" / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "nan" / "evaluation" / "compare.json").unlink()
+    words = Reader(evaluation_page([load_version(tmp_path / "nan", "x")])).words
+    assert "code: KL to the teacher is no number after the run." in words
+    assert "nan" not in words
+    old, new = (figures(load_version(path, "x")) for path in (run, tmp_path / "nan"))
+    found = {c.name: c.verdict for c in check(new, old, [Rule("held_out.kl.*")])}
+    assert found == {"held_out.kl.code": MISSING, "held_out.kl.prose <b>": OK}
+    unknown = {**old, "forward_kl": Figure("KL", Estimate(None), -1)}
+    assert [c.name for c in check(unknown, old, None) if c.failed] == ["forward_kl"]
+    del unknown["forward_kl"]  # not measured at all
+    assert {c.verdict for c in check(unknown, old, None)} == {OK, UNKNOWN}
+
+
+def test_a_domain_may_be_called_anything() -> None:
+    old, new = ({"forward_kl.c[1]*": Figure("KL", Estimate(v, v - 0.1, v + 0.1), -1)} for v in (1.0, 2.0))
+    assert [c.verdict for c in check(new, old, None)] == [WORSE]
+
+
+def test_a_baseline_without_a_figure_in_common_is_an_error(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, lost in (("a", "evaluation"), ("b", "summary.json")):
+        shutil.copytree(run, tmp_path / name)
+        shutil.rmtree(tmp_path / "a" / lost) if name == "a" else (tmp_path / "b" / lost).unlink()
+    for new, old in (("a", "b"), ("b", "a")):
+        assert cli.main(["report", str(tmp_path / new), "--baseline", str(tmp_path / old), "--quiet"]) == 2
+        assert "nothing was held against it" in capsys.readouterr().err
 
 
 def _one(value: float | None, half: float | None, better: int) -> dict[str, Figure]:
@@ -247,7 +334,7 @@ def _one(value: float | None, half: float | None, better: int) -> dict[str, Figu
         ((1.0, 0.1), (1.0, 0.1), -1, {"at_most": 0.95}, OK),  # within the interval
         ((None, None), (1.0, 0.1), 1, {"at_least": 1.2}, WORSE),
         ((None, None), (1.0, 0.1), 1, {"at_least": 1.05}, OK),
-        ((1.0, 0.1), (None, None), -1, {}, UNKNOWN),
+        ((1.0, 0.1), (None, None), -1, {}, MISSING),  # measured, and no number
         ((1.0, 0.1), (None, None), -1, {"required": True}, MISSING),
         ((None, None), (1.0, 0.1), -1, {"required": True}, MISSING),
     ],

@@ -84,7 +84,7 @@ class IdentityResult(Result):
         return {
             **values,
             **{name: Rate(**values[name]) for name in RATES},
-            "aspects": {a: {name: Rate(**r) for name, r in rates.items()} for a, rates in values["aspects"].items()},
+            "aspects": {a: {name: Rate(**rates[name]) for name in RATES} for a, rates in values["aspects"].items()},
             "suspected": tuple(values["suspected"]),
             "warnings": tuple(values["warnings"]),
         }

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from types import UnionType
+from typing import Any, BinaryIO, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from kdkernels.durable import write_atomically
 from kdkernels.errors import UserError
@@ -47,9 +48,11 @@ class Result:
             found = f"{values.get('kind')!r}, version {values.get('version')!r}"
             raise UserError(f"result is {found}; allowed: {cls.kind!r}, version {VERSION}")
         try:
-            return cls(**cls._inner({k: v for k, v in values.items() if k not in ("kind", "version")}))
-        except (TypeError, KeyError) as error:
+            found = cls(**cls._inner({k: v for k, v in values.items() if k not in ("kind", "version")}))
+        except (TypeError, KeyError, AttributeError, IndexError) as error:
             raise UserError(f"result is no {cls.kind!r}: {error}") from error
+        _check_types(found, cls, cls.kind)
+        return found
 
     def save(self, path: str | Path) -> None:
         """Write JSON."""
@@ -66,3 +69,31 @@ class Result:
         if not isinstance(values, dict):
             raise UserError(f"{path} holds no result; allowed: JSON written by kdkernels evaluate")
         return cls.from_dict(values)
+
+
+def _check_types(value: Any, kind: Any, where: str) -> None:
+    """`UserError` where a value is not of the type that its annotation names."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if kind is Any or (kind is float and type(value) is int):
+        return
+    if origin in (Union, UnionType):
+        fitting = [k for k in inner if isinstance(value, get_origin(k) or k) or (k is float and type(value) is int)]
+        kind = fitting[0] if fitting else kind
+        if fitting and get_origin(kind) is None:
+            return
+        origin, inner = get_origin(kind), get_args(kind)
+    fits = origin not in (Union, UnionType) and isinstance(value, origin or kind)
+    if not fits or (isinstance(value, bool) and kind is not bool):
+        raise UserError(f"{where} is {value!r:.60}; allowed: {getattr(kind, '__name__', kind)}")
+    if dataclasses.is_dataclass(kind):
+        for name, annotation in get_type_hints(kind).items():
+            _check_types(getattr(value, name), annotation, f"{where}.{name}")
+    elif origin is dict:
+        for key, item in value.items():
+            _check_types(item, inner[1], f"{where}.{key}")
+    elif origin is tuple:
+        kinds = [inner[0]] * len(value) if inner[-1] is ... else list(inner)
+        if len(kinds) != len(value):
+            raise UserError(f"{where} has {len(value)} items; allowed: {len(kinds)}")
+        for i, (item, each) in enumerate(zip(value, kinds, strict=True)):
+            _check_types(item, each, f"{where}[{i}]")

@@ -82,7 +82,10 @@ class SimilarityResult(Result):
     @classmethod
     def _inner(cls, values: dict[str, Any]) -> dict[str, Any]:
         datasets = {
-            name: DatasetScore(**{**d, "intervals": _pairs(d["intervals"])}) for name, d in values["datasets"].items()
+            name: DatasetScore(
+                **{**d, "means": {m: d["means"][m] for m in MEASURES}, "intervals": _pairs(d["intervals"])}
+            )
+            for name, d in values["datasets"].items()
         }
         return {
             **values,
@@ -94,4 +97,4 @@ class SimilarityResult(Result):
 
 
 def _pairs(values: dict[str, Any]) -> dict[str, tuple[float, float] | None]:
-    return {name: None if pair is None else (pair[0], pair[1]) for name, pair in values.items()}
+    return {name: None if values[name] is None else (values[name][0], values[name][1]) for name in MEASURES}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -99,7 +100,9 @@ def _gap_closed(version: Version) -> Iterator[str]:
         return
     for name, scores in after.items():
         old_kl, new_kl = (before.get(name) or {}).get("kl"), scores.get("kl")
-        if old_kl and new_kl is not None:
+        if parts.is_number(new_kl) and not math.isfinite(new_kl):
+            yield f"{name}: KL to the teacher is no number after the run."
+        elif parts.is_number(old_kl) and old_kl and parts.is_number(new_kl):
             yield f"{name}: KL to the teacher {old_kl:.3f} before, {new_kl:.3f} after ({new_kl / old_kl - 1:+.0%})."
 
 

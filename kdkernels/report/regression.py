@@ -10,9 +10,10 @@ required = true      # unknown is a failure (default false: it is reported)
 from __future__ import annotations
 
 import fnmatch
+import glob
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,8 @@ def check(new: Mapping[str, Figure], old: Mapping[str, Figure], rules: list[Rule
     the same text they are not, and a true difference may be passed over rather than a false one reported.
     """
     if rules is None:
-        rules = [Rule(name) for name, f in old.items() if f.better != EITHER and f.estimate.low is not None]
+        known = [name for name, f in old.items() if f.better != EITHER and f.estimate.low is not None]
+        rules = [Rule(glob.escape(name)) for name in known]
     found = []
     for rule in rules:
         names = [n for n in dict.fromkeys((*old, *new)) if _named(n, rule.pattern)]
@@ -108,9 +110,13 @@ def _unknown(rule: Rule, name: str, label: str, reason: str, old: Estimate | Non
 
 def _check(rule: Rule, name: str, new: Figure | None, old: Figure | None) -> Check:
     label = (new or old or Figure(name, Estimate(None), EITHER)).label
-    if new is None or new.estimate.value is None:
-        return _unknown(rule, name, label, "the new version lacks it", None if old is None else old.estimate)
+    before = None if old is None else old.estimate
+    if new is None:
+        return _unknown(rule, name, label, "the new version lacks it", before)
     value = new.estimate.value
+    if value is None or not math.isfinite(value):  # measured, and no number came of it: a model that gives NaN
+        strict = replace(rule, required=rule.required or (before is not None and before.value is not None))
+        return _unknown(strict, name, label, "it is no number in the new version", before)
     beyond = _beyond(rule, new)
     if beyond:
         return Check(name, label, None if old is None else old.estimate.value, value, None, None, WORSE, beyond)

@@ -99,6 +99,10 @@ def load_version(path: Path, name: str) -> Version:
     found = Version(name, path)
     found.config = _table(path / "config.json", found)
     found.summary = _table(path / "summary.json", found)
+    for key in ("before", "after"):
+        if found.summary is not None and not _is_tables(found.summary.get(key, {})):
+            found.problems.append(f"summary.json: {key} holds no scores by domain and was left out")
+            found.summary = {name: value for name, value in found.summary.items() if name != key}
     _read_log(path / "metrics.jsonl", found)
     for file in _files(path):
         if file.name in _ANSWERS:
@@ -159,7 +163,9 @@ def _table(file: Path, version: Version) -> dict[str, Any] | None:
 
 def _read_log(file: Path, version: Version) -> None:
     text = _text(file, version) if file.is_file() else None
-    for number, line in enumerate((text or "").splitlines(), 1):
+    for number, line in enumerate((text or "").split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
         except ValueError:
@@ -167,7 +173,38 @@ def _read_log(file: Path, version: Version) -> None:
         if not isinstance(row, dict):  # the last line of a run that was killed
             version.problems.append(f"{file.name}: line {number} is no JSON object and was left out")
             continue
+        if not _is_event(row):
+            version.problems.append(f"{file.name}: line {number} is no event of a run and was left out")
+            continue
         version.log.append(row)
+
+
+def _is_event(row: dict[str, Any]) -> bool:
+    """Whether the fields that a page is made from have their types."""
+    event, step = row.get("event"), row.get("step")
+    if event not in ("step", "eval", "ddk"):
+        return True
+    if not isinstance(step, (int, float)) or isinstance(step, bool) or not 0 <= step < 1e15:
+        return False
+    if event == "eval":
+        return _is_tables(row.get("domains"))
+    return event == "step" or all(isinstance(row.get(name, {}), dict) for name in ("weights", "discrepancy"))
+
+
+def _is_tables(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(item, dict) for item in value.values())
+
+
+def _is_generation(row: Any) -> bool:
+    """A row of `kdkernels generate --json`, whose curves are numbers or None."""
+    if not isinstance(row, dict) or "teacher_tokens" not in row:
+        return False
+    curves = row.get("by_position") or {}
+    return isinstance(curves, dict) and all(
+        item is None or (isinstance(item, (int, float)) and not isinstance(item, bool))
+        for curve in curves.values()
+        for item in (curve if isinstance(curve, list) else [])
+    )
 
 
 def _read_result(file: Path, version: Version) -> None:
@@ -185,10 +222,12 @@ def _read_result(file: Path, version: Version) -> None:
         return
     if not ours:
         rows = values if isinstance(values, list) else [values]
-        version.generations += [row for row in rows if isinstance(row, dict) and "teacher_tokens" in row]
+        version.generations += [row for row in rows if _is_generation(row)]
+        if not all(map(_is_generation, rows)):
+            version.problems.append(f"{where} holds rows that are none of kdkernels generate; they were left out")
         return
     kind = values.get("kind") if isinstance(values, dict) else None
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         if isinstance(kind, str) and kind.startswith("kdkernels.") and kind != REPORT:
             version.problems.append(f"{where} is a {kind!r}, which this report does not know")
         return

@@ -53,14 +53,14 @@ def _line(row: Whisker, low: float, span: float, digits: int) -> str:
     bar = ""
     if e.value is not None and e.low is not None and e.high is not None:
         bar = f'<i style="left:{at(e.low):.2f}%;width:{max(at(e.high) - at(e.low), 0.3):.2f}%;{colour}"></i>'
-    dot = "" if e.value is None else f'<b style="left:{at(e.value):.2f}%;{colour}"></b>'
+    dot = "" if e.value is None or not math.isfinite(e.value) else f'<b style="left:{at(e.value):.2f}%;{colour}"></b>'
     number = html.escape(number_of(e, digits))
     return f'<div>{html.escape(row.label)}</div><div class="t">{bar}{dot}</div><div class="n">{number}</div>'
 
 
 def number_of(estimate: Estimate, digits: int = 3) -> str:
     """ "value (low to high)" with so many decimals; fewer for large numbers; "–" where unknown."""
-    if estimate.value is None:
+    if estimate.value is None or not math.isfinite(estimate.value):
         return "–"
     digits = max(0, min(digits, digits - int(math.log10(max(abs(estimate.value), 1.0)))))
     text = f"{estimate.value:,.{digits}f}"
