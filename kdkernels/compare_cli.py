@@ -72,10 +72,12 @@ def _run(arguments: argparse.Namespace, bar: Callable[..., Any]) -> int:
 
     from kdkernels import TeacherCache
     from kdkernels.evaluation.compare import compare_models
+    from kdkernels.evaluation.results import make_folder
     from kdkernels.trainers.models import load_model, load_tokenizer
     from kdkernels.trainers.setup import pick_device
 
     options = _options(arguments)
+    make_folder(options["output"])
     device, dtype = pick_device(arguments.device), getattr(torch, arguments.dtype)
 
     def loaded(role: str, where: str) -> Any:

@@ -82,6 +82,9 @@ def test_wrong_use_costs_one_line(run: Path, tmp_path: Path, capsys: pytest.Capt
         (["--run", str(run), "--domain", "x"], "allowed: NAME=VALUE"),
         (["--run", str(run), "--device", "quantum"], "device is 'quantum'"),
         (["--run", str(run), "--top-k", "0"], "top_k is 0"),
+        (["--run", str(run), "--seed", "-1"], "seed is -1"),
+        # before any model is loaded
+        (["--run", str(run), "--before", "/nowhere/x", "--output", str(run / "config.json")], "cannot be written"),
     ):  # fmt: skip
         assert cli.main(["evaluate", "compare", *line, "--quiet"]) == 2, line
         error = capsys.readouterr().err

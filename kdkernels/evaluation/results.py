@@ -48,11 +48,11 @@ class Result:
             found = f"{values.get('kind')!r}, version {values.get('version')!r}"
             raise UserError(f"result is {found}; allowed: {cls.kind!r}, version {VERSION}")
         try:
-            found = cls(**cls._inner({k: v for k, v in values.items() if k not in ("kind", "version")}))
+            result = cls(**cls._inner({k: v for k, v in values.items() if k not in ("kind", "version")}))
         except (TypeError, KeyError, AttributeError, IndexError) as error:
             raise UserError(f"result is no {cls.kind!r}: {error}") from error
-        _check_types(found, cls, cls.kind)
-        return found
+        _check_types(result, cls, cls.kind)
+        return result
 
     def save(self, path: str | Path) -> None:
         """Write JSON."""
@@ -69,6 +69,14 @@ class Result:
         if not isinstance(values, dict):
             raise UserError(f"{path} holds no result; allowed: JSON written by kdkernels evaluate")
         return cls.from_dict(values)
+
+
+def make_folder(path: str | Path) -> None:
+    """The folder of results, before any work is done for it; `UserError` where it cannot be made."""
+    try:
+        Path(path).expanduser().mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output is {str(path)!r}; it cannot be written ({error.strerror}); choose another") from error
 
 
 def _check_types(value: Any, kind: Any, where: str) -> None:
