@@ -130,6 +130,30 @@ def test_far_from_zero(backend: str, shift: float) -> None:
     check_tokens(found, zs, zt, uniforms(3))
 
 
+@pytest.mark.parametrize("offset", [-100.0, 3000.0])
+def test_masked_against_far_from_zero(backend: str, offset: float) -> None:
+    """What takes a quick way and what takes a careful one must mean the same normaliser."""
+    zs, zt = pair(3, 12000, (torch.float32, torch.float32))
+    zs, zt = zs + offset, torch.where(zt > 0, zt, -torch.inf)
+    for ours, theirs in ((zs, zt), (zt, zs)):
+        check_jsd(kd.switch_gate(ours, theirs, 0.1, do_sample=False, backend=backend).jsd, ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_entries_far_below_the_largest(backend: str, dtype: torch.dtype) -> None:
+    """At the end of what a float32 exponential can say, wherever that is."""
+    below = torch.arange(60.0, 100.0, 0.05)
+    zs = torch.zeros(len(below), 4096).to(dtype)
+    zs[:, 1234] = -below.to(dtype)
+    zt = zs.flip(0).roll(7, 1)
+    found = kd.switch_gate(zs, zt, 0.0, do_sample=False, backend=backend)
+    check_jsd(found.jsd, zs, zt)
+    zs[:, 5] = zt[:, 9] = 30.0
+    found = kd.switch_gate(zs, zt, 2.0, do_sample=False, backend=backend)
+    check_jsd(found.jsd, zs, zt)
+    assert found.token.unique().tolist() == [5]
+
+
 @pytest.mark.parametrize("kind", ["peaked", "flat", "late peak", "ascending", "wide"])
 def test_hard_rows(backend: str, kind: str) -> None:
     i, noise = torch.arange(20011.0), torch.randn(2, 20011, generator=torch.Generator().manual_seed(1))

@@ -82,13 +82,13 @@ KD_INLINE vf twice_term(vf rho, vf size) {
 
 #if KD_LEVEL == KD_IS_avx512
 
-// Bits of 2^((62 - i) / 32) times a factor of Power2, plus i << 18, plus 0xc0000000: less (k << 18), for the
+// Bits of 2^((126 - i) / 32) times a factor of Power2, plus i << 18, plus 0xc0000000: less (k << 18), for the
 // k of Power2, that is 2^n.
 alignas(64) static const uint32_t kPower2Table[32] = {
-    0xff6b8f9c, 0xff6a836d, 0xff6992ef, 0xff68bd89, 0xff6802a7, 0xff6761b8, 0xff66da2c, 0xff666b79,
-    0xff661517, 0xff65d67f, 0xff65af31, 0xff659eab, 0xff65a471, 0xff65c008, 0xff65f0f9, 0xff6636cf,
-    0xff669117, 0xff66ff61, 0xff678140, 0xff681647, 0xff68be0e, 0xff69782d, 0xff6a4441, 0xff6b21e7,
-    0xff6c10be, 0xff6d1068, 0xff6e2088, 0xff6f40c5, 0xff7070c7, 0xff6f606b, 0xff6dfd7a, 0xff6cb816,
+    0x006b8f9c, 0x006a836d, 0x006992ef, 0x0068bd89, 0x006802a7, 0x006761b8, 0x0066da2c, 0x00666b79,
+    0x00661517, 0x0065d67f, 0x0065af31, 0x00659eab, 0x0065a471, 0x0065c008, 0x0065f0f9, 0x006636cf,
+    0x00669117, 0x0066ff61, 0x00678140, 0x00681647, 0x0068be0e, 0x0069782d, 0x006a4441, 0x006b21e7,
+    0x006c10be, 0x006d1068, 0x006e2088, 0x006f40c5, 0x007070c7, 0x006f606b, 0x006dfd7a, 0x006cb816,
 };
 // 1 plus log2 of kInverseTable, corrected at rho = (i + 1/2) / 16 for what Power2::below takes off rho.
 alignas(64) static const float kRatioTable[16] = {
@@ -97,7 +97,8 @@ alignas(64) static const float kRatioTable[16] = {
     0.167109832f, 0.117356792f, 0.0692624152f, 0.0227199942f,
 };
 
-// 2^y for y in (-126, 1.95), as two factors. y = n + f with n in 32nds, whose bits come from t as in Exp;
+// 2^y for y in (-124, 3.95), as two factors. y = n + f with n in 32nds, whose bits come from t as in Exp, two
+// steps higher: the factor from the table is 2^(y - 2.1) and must not fall below 2^-126;
 // then 2^f = c ((f + a)^2 + b) to 5e-8, c being in the table: a square costs one multiplication less than a
 // quadratic.
 //
@@ -114,7 +115,7 @@ struct Power2 {
     b_below = n_all(2.081307f);
   }
   static constexpr float kUnit = 6.49037107e32f;  // 2^109
-  static constexpr int kMagic = (int)0xff7ff03e;  // even, as n = 0 is: both roundings take ties to the same n
+  static constexpr int kMagic = (int)0xff7ff07e;  // even, as n = 0 is: both roundings take ties to the same n
 
   struct Factors {
     native m, power;
@@ -131,14 +132,18 @@ struct Power2 {
   KD_INLINE Factors below(native y, RangeCheck& check) const { return factors(y, b_below, check); }
 };
 
+// log2 e as logits are multiplied by it. Normalisers too: what it is off by then acts on differences alone,
+// not on logits that share an offset of hundreds.
+constexpr double kRate = (float)kLog2E;
+
 // Sum of e^(z - *reference) over n stored numbers, a multiple of kStep; *reference is close to `guess`.
-// False, and of no use, where one is masked, NaN, or far from it: not in (-87.3, 1.35).
+// False, and of no use, where one is masked, NaN, or far from it: not in (-85.9, 2.7).
 template <class X>
 KD_NOINLINE bool sum_quickly(const void* from, int n, float guess, double* reference, double* to) {
   const typename X::stored* p = (const typename X::stored*)from;
-  const float base = (float)(guess * kLog2E);
+  const float base = (float)(guess * kRate);
   const Power2 power2;
-  const native rate = n_all((float)kLog2E), shift = n_all(-base);
+  const native rate = n_all((float)kRate), shift = n_all(-base);
   RangeCheck check = Exp::fresh();
   native sums[2] = {n_all(0), n_all(0)};
   for (int i = 0; i < n; i += kStep) {
@@ -149,7 +154,7 @@ KD_NOINLINE bool sum_quickly(const void* from, int n, float guess, double* refer
       sums[h] = n_fma(e.m, e.power, sums[h]);
     }
   }
-  *reference = base / kLog2E;
+  *reference = base / kRate;
   *to = lanes_total({sums[0] + sums[1]});
   return Exp::in_range(check);
 }
@@ -171,9 +176,9 @@ template <class X>
 KD_NOINLINE bool apart_quickly(const void* student, const void* teacher, int n, const Pair& c,
                                const Coming* coming, double* to) {
   const typename X::stored *ps = (const typename X::stored*)student, *pt = (const typename X::stored*)teacher;
-  const double lse_s = c.student * kLog2E, lse_t = c.teacher * kLog2E;
+  const double lse_s = c.student * kRate, lse_t = c.teacher * kRate;
   const float base_s = (float)lse_s, base_t = (float)lse_t;
-  const native rate = n_all((float)kLog2E), shift_s = n_all(-base_s), shift_t = n_all(-base_t);
+  const native rate = n_all((float)kRate), shift_s = n_all(-base_s), shift_t = n_all(-base_t);
   const native apart = n_all((float)((lse_t - base_t) - (lse_s - base_s)));
   const Power2 power2;
   RangeCheck check = Exp::fresh();
