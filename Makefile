@@ -87,6 +87,8 @@ bench: $(VENV)/.rivals $(VENV)/.demo
 	$(BIN)/python -m benchmarks.codec --folder runs/demo
 	$(BIN)/python -m benchmarks.cache
 	$(BIN)/python -m benchmarks.targets_cache --write
+	$(BIN)/python -m benchmarks.gate
+	$(BIN)/python -m benchmarks.generate  # the models of `make demo`
 
 # Without a GPU: one line and exit status 2, before anything is installed.
 gpu:
