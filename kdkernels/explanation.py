@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from kdkernels import arguments, backends, divergences
+from kdkernels._checks import fail
 from kdkernels.divergences import Divergence
 from kdkernels.logits import LinearLogits
 from kdkernels.modules import PER_CALL, DistillationLoss
@@ -38,7 +39,8 @@ def explain(
     Args:
         student: logits or `LinearLogits`; only device and dtype matter.
         teacher: only whether it is `SparseLogits` matters.
-        divergence: name or object.
+        divergence: name or object; ``"switch_gate"`` asks for `kdkernels.switch_gate` instead, and
+            then there are no ``options``.
         backend: as in `kdkernels.distillation_loss`; an explicit choice that cannot serve raises here too.
         options: the call's other options; they are checked. ``group`` (or DTensors) asks for rows in vocabulary shards,
             which fewer backends compute; none of the others changes the choice.
@@ -46,6 +48,8 @@ def explain(
     Returns:
         An `Explanation`: ``print(kd.explain(student, teacher, "jsd"))``.
     """
+    if divergence == "switch_gate":
+        return _explain_gate(student, backend, options)
     sharded = options.get("group") is not None or arguments.holds_dtensors(student, teacher)
     if sharded:
         from kdkernels import vocab_parallel  # brings torch.distributed
@@ -58,4 +62,13 @@ def explain(
     call = (student.device, student.dtype, kernel, isinstance(teacher, SparseLogits))
     if sharded:
         return Explanation(vocab_parallel.serving_backend(backend, *call), vocab_parallel.survey(*call))
+    return Explanation(backends.choose(backend, *call), backends.survey(*call))
+
+
+def _explain_gate(student: Tensor | LinearLogits, backend: str, options: dict[str, Any]) -> Explanation:
+    if options:
+        fail(ValueError, "options", sorted(options), "none for 'switch_gate'", "leave them away")
+    arguments.check_side("student", student)
+    student = arguments.under_autocast(student)
+    call = (student.device, student.dtype, backends.GATE)
     return Explanation(backends.choose(backend, *call), backends.survey(*call))

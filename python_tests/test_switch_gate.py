@@ -462,3 +462,13 @@ def test_native_leaf_checks_its_arguments() -> None:
         with pytest.raises(RuntimeError) as error:
             call(**given)
         assert said in str(error.value), (said, error.value)
+
+
+def test_explain_names_the_backend_of_the_gate() -> None:
+    zs = torch.zeros(2, 5)
+    found = kd.explain(zs, zs, "switch_gate")
+    assert found.backend == next(v.backend for v in found.verdicts if v.serves)
+    assert {v.backend for v in found.verdicts} == {"eager", "cpp", "triton", "cuda"}
+    assert kd.explain(zs, zs, "switch_gate", backend="eager").backend == "eager"
+    with pytest.raises(ValueError, match="options"):
+        kd.explain(zs, zs, "switch_gate", temperature=2.0)
