@@ -88,7 +88,8 @@ bench: $(VENV)/.rivals $(VENV)/.demo
 	$(BIN)/python -m benchmarks.cache
 	$(BIN)/python -m benchmarks.targets_cache --write
 	$(BIN)/python -m benchmarks.gate
-	$(BIN)/python -m benchmarks.generate  # the models of `make demo`
+	test -d runs/demo/distilled/student || $(BIN)/python -m demo
+	$(BIN)/python -m benchmarks.generate
 
 # Without a GPU: one line and exit status 2, before anything is installed.
 gpu:
