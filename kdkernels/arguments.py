@@ -123,8 +123,12 @@ def check_reduction(reduction: str, num_items: int | float | Tensor | None) -> N
 def check_modes(group: object | None, sparse_mode: str) -> None:
     """``sparse_mode`` and ``group`` in themselves."""
     require_choice("sparse_mode", sparse_mode, MODES)
-    if torch.compiler.is_compiling():
-        return
+    if not torch.compiler.is_compiling():
+        check_group(group)
+
+
+def check_group(group: object | None) -> None:
+    """Whether ``group`` looks like one."""
     if group is not None and not any(hasattr(group, name) for name in ("get_group", "rank", "group_name")):
         allowed = "a ProcessGroup, a one-dimensional DeviceMesh, or None"
         fail(TypeError, "group", repr(group), allowed, "torch.distributed.new_group and init_device_mesh make them")

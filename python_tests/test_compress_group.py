@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import kdkernels as kd
 from compress_oracle import apart
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
 rank, world, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 torch.set_num_threads(1)
@@ -48,10 +49,10 @@ def rows(dtype):
     return z.to(dtype)
 
 
-def refused(call, text):
+def refused(call, text, kind=ValueError):
     try:
         call()
-    except ValueError as error:
+    except kind as error:
         assert text in str(error), error
     else:
         raise AssertionError(f"no error: {text}")
@@ -82,8 +83,38 @@ for split in SPLITS[world]:
     for options in ({"k": 5}, {"samples": 5}):
         refused(lambda: kd.compress(spoiled[..., begin:end], group=group, **options), "row [1, 2]")
     refused(lambda: kd.compress(mine, k=1002, group=group), "k = 1002")
-    refused(lambda: kd.compress(mine[rank:], k=4, group=group), "ranks of group")
-    refused(lambda: kd.compress(mine, k=4 + rank, group=group), "ranks of group")
+    refused(lambda: kd.compress(mine[rank:], k=4, group=group), "leading shape = rank 0: [2, 4], rank 1: [1, 4]")
+    refused(lambda: kd.compress(mine, k=4 + rank, group=group), "k = rank 0: 4, rank 1: 5")
+
+mine = rows(torch.float32)[..., 500 * rank : 500 * (rank + 1)]
+last = rank == world - 1
+for name, values in {
+    "temperature": (1.0, 2.0), "other_temperatures": ([2.0], [3.0]), "top_p": (0.5, 0.9), "samples": (3, 4),
+    "entropy": (False, True), "vocab_size": (900, 901), "backend": ("eager", "cpp"),
+}.items():
+    refused(lambda: kd.compress(mine, 3, group=group, **{name: values[last]}), f"{name} = rank 0: ")
+refused(lambda: kd.compress(mine.double() if last else mine, 3, group=group), "dtype = rank 0: float32, ")
+longer = [float(t) for t in range(2, 900)] + [1000.0 + rank]
+refused(lambda: kd.compress(mine, 3, group=group, other_temperatures=longer), "with checksum")
+for wrong, text, kind in (
+    ({"k": 0}, "k = 0", ValueError), ({"temperature": -2.0}, "temperature = -2.0", ValueError),
+    ({"samples": 3, "generator": "seed"}, "generator = str", TypeError),
+    ({"logits": None}, "logits = NoneType", TypeError),
+):
+    given = {"logits": mine, "k": 3, "group": group} | (wrong if last else {})
+    told = text if last else f"arguments of rank {world - 1} of the vocabulary shards = {kind.__name__}: {text}"
+    refused(lambda: kd.compress(**given), told, kind if last else ValueError)
+refused(lambda: kd.compress(mine, 3, group="tp"), "group = 'tp'", TypeError)
+
+mesh = init_device_mesh("cpu", (world,))
+whole = rows(torch.float32)
+same(kd.compress(distribute_tensor(whole, mesh, [Shard(-1)]), 9), kd.compress(whole, 9))
+hidden, weight = (torch.randn(n, 8, generator=torch.Generator().manual_seed(n)) for n in (5, 101))
+head = kd.LinearLogits(hidden, distribute_tensor(weight, mesh, [Shard(0)]))
+same(kd.compress(head, 9), kd.compress(kd.LinearLogits(hidden, weight), 9))
+refused(lambda: kd.compress(distribute_tensor(whole, mesh, [Shard(0)]), 9), "Shard(-1)")
+replicated = kd.LinearLogits(distribute_tensor(hidden, mesh, [Replicate()]), weight)
+refused(lambda: kd.compress(replicated, 9), "hidden = a DTensor")
 same(kd.compress(torch.randn(0, 5), 3, group=group), kd.compress(torch.randn(0, 5 * world), 3))
 dist.destroy_process_group()
 print("good")

@@ -13,6 +13,7 @@ import sys
 import torch
 import torch.distributed as dist
 import kdkernels as kd
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
 rank, world, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 torch.set_num_threads(1)
@@ -39,6 +40,15 @@ def same(found, whole):
     assert (found.jsd.double() - whole.jsd.double()).abs().max() < 1e-6
 
 
+def refused(text, kind=ValueError, **given):
+    try:
+        kd.switch_gate(**{"uniforms": u, "group": group, "threshold": 0.3} | given)
+    except kind as error:
+        assert text in str(error), error
+    else:
+        raise AssertionError(f"no error: {text}")
+
+
 for split in SPLITS[world]:
     begin, end = sum(split[:rank]), sum(split[: rank + 1])
     for dtypes in ((torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.float64, torch.float64)):
@@ -58,12 +68,44 @@ for split in SPLITS[world]:
     )
     spoiled = zs.clone()
     spoiled[4, 335] = torch.nan
-    try:
-        kd.switch_gate(spoiled[:, begin:end], zt[:, begin:end], 0.3, uniforms=u, group=group)
-    except ValueError as error:
-        assert "row 4" in str(error), error
+    refused("row 4", student_logits=spoiled[:, begin:end], teacher_logits=zt[:, begin:end])
+
+last = rank == world - 1
+held = slice(400 * rank, 400 * (rank + 1))
+sides = {"student_logits": zs[:, held], "teacher_logits": zt[:, held]}
+for name, values in {
+    "temperature": (1.0, 2.0), "threshold": (0.3, 0.9), "top_k": (2, 3), "top_p": (0.5, 0.9),
+    "do_sample": (True, False), "vocab_size": (700, 701), "backend": ("eager", "cpp"),
+}.items():
+    refused(f"{name} = rank 0: ", **sides, **{name: values[last]})
+refused("threshold = rank 0: float64[6] with checksum", **sides, threshold=threshold + last)
+refused("student leading shape = rank 0: [6]", **{name: z[last:] for name, z in sides.items()}, uniforms=u[last:])
+refused("teacher dtype = rank 0: float32", **sides | {"teacher_logits": zt[:, held].double() if last else zt[:, held]})
+for wrong, text, kind in (
+    ({"temperature": -2.0}, "temperature = -2.0", ValueError),
+    ({"uniforms": u[1:]}, "uniforms shape = [5]", ValueError),
+    ({"uniforms": None, "generator": "seed"}, "generator", TypeError),
+    ({"teacher_logits": None}, "teacher_logits = NoneType", TypeError),
+):
+    if last:
+        refused(text, kind, **sides | wrong)
     else:
-        raise AssertionError("a row with NaN passed")
+        refused(f"arguments of rank {world - 1} of the vocabulary shards = {kind.__name__}: ", **sides)
+moved = zt[:, held.start - (rank == 1) : held.stop - (rank == 0)]
+refused("shards = student", student_logits=zs[:, held], teacher_logits=moved)
+refused("group = 'tp'", TypeError, **sides, group="tp")
+
+mesh = init_device_mesh("cpu", (world,))
+cut = [distribute_tensor(z, mesh, [Shard(-1)]) for z in (zs, zt)]
+same(kd.switch_gate(*cut, threshold, uniforms=u), kd.switch_gate(zs, zt, threshold, uniforms=u))
+head = kd.LinearLogits(hidden, distribute_tensor(weight, mesh, [Shard(0)]), softcap=5.0)
+whole = kd.LinearLogits(hidden, weight, softcap=5.0)
+same(kd.switch_gate(head, cut[1], 0.3, uniforms=u), kd.switch_gate(whole, zt, 0.3, uniforms=u))
+begin, end = 400 * rank, 400 * (rank + 1)  # padding beyond vocab_size, of one side more than of the other
+wide = torch.cat((zt[:, : 400 * world], torch.ones(6, 3)), -1)
+given = {"uniforms": u, "vocab_size": 790}
+mine = kd.switch_gate(zs[:, begin:end], wide[:, begin : end + 3 * last], threshold, group=group, **given)
+same(mine, kd.switch_gate(zs, zt, threshold, **given))
 dist.destroy_process_group()
 """
 

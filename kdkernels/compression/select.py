@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,29 @@ if TYPE_CHECKING:
 
 MOST_KEPT = 4096
 _LEAST_T, _MOST_T = 1e-5, 1e6
+
+
+class Options(NamedTuple):
+    """Options of `compress`; see there."""
+
+    k: int
+    top_p: float | None
+    samples: int | None
+    temperature: float
+    generator: torch.Generator | None
+    other_temperatures: Sequence[float]
+    entropy: bool
+    vocab_size: int | None
+    chunk_bytes: int | None
+    backend: str
+
+
+class Call(NamedTuple):
+    """What one process, or one rank, makes of its arguments."""
+
+    logits: Tensor | LinearLogits
+    others: list[float]
+    backend: str
 
 
 def compress(
@@ -56,7 +79,9 @@ def compress(
         samples: draws a row, or None.
         temperature: T in [1e-5, 1e6].
         group: a process group (or one-dimensional DeviceMesh) over whose ranks the vocabulary is sharded: ``logits`` is
-            this rank's part, in rank order, of any size, also none. Every rank gets the answer of the whole.
+            this rank's part, in rank order, of any size, also none. Every rank gets the answer of the whole. DTensors
+            sharded over the vocabulary (logits ``Shard(-1)``, weight and bias ``Shard(0)``) need no group. Options that
+            differ, or a wrong argument on one rank, are an error on every rank.
         generator: of the draws. Uniform numbers (float64, ``[N, samples]`` in one call of ``torch.rand``, on the device
             of the logits) are drawn with it and turned into entries by the inverse of the cumulative mass in order of
             the ids: equal numbers give equal draws on every backend, up to rounding where a number falls between two
@@ -77,16 +102,18 @@ def compress(
             NaN, +inf, or nothing but -inf. On other devices and under torch.compile values are not looked at
             (``KDKERNELS_CHECK=1`` does): such a row has ids -1 and NaN.
     """
-    _check_choice(k, top_p, samples, generator, entropy)
-    others = _check_temperatures(temperature, other_temperatures, samples)
-    _check_sizes(vocab_size, chunk_bytes)
-    logits = arguments.under_autocast(_check_logits(logits, group is not None))
-    share = shards.Share.of(logits, vocab_size, group, k, samples or 0, len(others), entropy)
+    asked = Options(
+        k, top_p, samples, temperature, generator, other_temperatures, entropy, vocab_size, chunk_bytes, backend
+    )
+    if group is not None or arguments.holds_dtensors(logits):
+        call, share = _agreed(logits, group, asked)
+    else:
+        call = _prepare(logits, asked, False)
+        share = shards.Share.of([call.logits.shape[-1]], 0, vocab_size)
+    others = call.others
     if samples is None and k > share.vocab:
         fail(ValueError, "k", k, f"at most the vocabulary, {share.vocab}")
-    kernel = backends.SELECTION if samples is None else backends.DRAWS
-    serving = _serving(backend, logits.device.type, logits.dtype, kernel)
-    part = shards.part_of(logits, share, float(temperature), serving, chunk_bytes)
+    part = shards.part_of(call.logits, share, float(temperature), call.backend, chunk_bytes)
     if samples is not None:
         return _sampled(part, samples, generator, entropy)
     found = part.largest(k, others, entropy)
@@ -96,6 +123,35 @@ def compress(
         found.entropy if entropy else None, dict(zip(others, found.other_tails.unbind(-1), strict=True)),
     )  # fmt: skip
     return _shaped(kept if top_p is None else _nucleus(kept, top_p), part.leading)
+
+
+def _prepare(logits: Tensor | LinearLogits, asked: Options, sharded: bool) -> Call:
+    """Checks of everything that needs no other rank."""
+    _check_choice(asked.k, asked.top_p, asked.samples, asked.generator, asked.entropy)
+    others = _check_temperatures(asked.temperature, asked.other_temperatures, asked.samples)
+    _check_sizes(asked.vocab_size, asked.chunk_bytes)
+    logits = arguments.under_autocast(_check_logits(logits, sharded))
+    kernel = backends.SELECTION if asked.samples is None else backends.DRAWS
+    return Call(logits, others, _serving(asked.backend, logits.device.type, logits.dtype, kernel))
+
+
+@torch.compiler.disable
+def _agreed(logits: Tensor | LinearLogits, group: object | None, asked: Options) -> tuple[Call, shards.Share]:
+    """This rank's part of a call that every rank makes alike. Under torch.compile it is left to eager torch."""
+    from kdkernels import shard_agreement  # imports torch.distributed
+    from kdkernels.shard_groups import localize
+
+    def prepare() -> tuple[Call, dict[str, Any], int]:
+        call = _prepare(localize(logits), asked, True)
+        _check_generator(asked.generator, call.logits.device)
+        page = shard_agreement.form_of(call.logits) | {"backend": call.backend, "other_temperatures": call.others}
+        for name in ("k", "top_p", "samples", "temperature", "entropy", "vocab_size"):
+            page[name] = getattr(asked, name)
+        return call, page, call.logits.shape[-1]
+
+    ranks = shard_agreement.ranks_of(group, logits)
+    call, sizes = shard_agreement.agreed(ranks, logits, prepare)
+    return call, shards.Share.of(sizes, ranks.rank, asked.vocab_size, ranks.group)
 
 
 def _serving(backend: str, device: str, dtype: torch.dtype, kernel: str) -> str:
@@ -171,6 +227,14 @@ def _check_choice(
         fail(ValueError, "generator", generator, "None without samples", "the largest entries are no matter of chance")
     if not isinstance(entropy, bool):
         fail(TypeError, "entropy", repr(entropy), "True or False")
+
+
+def _check_generator(generator: torch.Generator | None, device: torch.device) -> None:
+    """What one process may learn from ``torch.rand`` one of several ranks must know before."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        fail(TypeError, "generator", type(generator).__name__, "a torch.Generator or None")
+    if generator is not None and generator.device.type != device.type:
+        fail(ValueError, "generator device", generator.device, f"that of the logits, {device}")
 
 
 def _check_temperatures(temperature: float, others: Sequence[float], samples: int | None) -> list[float]:

@@ -23,11 +23,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-def process_group(group: Any) -> ProcessGroup:
-    """The group itself, or that of a one-dimensional DeviceMesh."""
-    return group.get_group() if hasattr(group, "get_group") else group  # type: ignore[no-any-return]
-
-
 def gather(x: Tensor, group: ProcessGroup) -> Tensor:
     """``[ranks, ...]``: every rank's x, all of one shape."""
     import torch.distributed as dist
@@ -58,30 +53,13 @@ class Share(NamedTuple):
     group: Any = None
 
     @classmethod
-    def of(cls, logits: Tensor | LinearLogits, vocab_size: int | None, group: Any, *options: int) -> Share:
-        """This rank's share. All ranks get an error where rows, dtype, ``vocab_size`` or ``options`` differ."""
-        mine = logits.shape[-1]
-        if group is None:
-            sizes, first = [mine], 0
-        else:
-            import torch.distributed as dist
-
-            group = process_group(group)
-            rows = logits.shape[:-1].numel()
-            dtype = [torch.float32, torch.bfloat16, torch.float16, torch.float64].index(logits.dtype)
-            signature = torch.tensor([mine, rows, dtype, vocab_size or 0, *options], device=logits.device)
-            all_ranks = gather(signature, group).tolist()
-            if any(other[1:] != all_ranks[0][1:] for other in all_ranks):
-                shown = [other[1:] for other in all_ranks]
-                remedy = "numbers are rows, dtype, vocab_size, k, samples, other temperatures, entropy; 0 for None"
-                fail(ValueError, "calls of the ranks of group", shown, "alike", remedy)
-            sizes = [size for size, *_ in all_ranks]
-            first = sum(sizes[: dist.get_rank(group)])
-        total = sum(sizes)
+    def of(cls, sizes: list[int], rank: int, vocab_size: int | None, group: Any = None) -> Share:
+        """The share of a rank where ``sizes`` are every rank's columns."""
+        first, total = sum(sizes[:rank]), sum(sizes)
         if vocab_size is not None and vocab_size > total:
             fail(ValueError, "vocab_size", vocab_size, f"at most the logits' vocabulary, {total}")
         vocab = total if vocab_size is None else vocab_size
-        return cls(vocab, first, max(0, min(mine, vocab - first)), group)
+        return cls(vocab, first, max(0, min(sizes[rank], vocab - first)), group)
 
 
 @dataclass(frozen=True)

@@ -57,9 +57,10 @@ def switch_gate(
         threshold: in bits, a number or ``[B]``.
         group: a process group (or one-dimensional DeviceMesh) over whose ranks the vocabulary is sharded, both models'
             alike: logits are this rank's columns, in rank order, of any size, also none. Every rank gets the answer of
-            the whole.
+            the whole. DTensors sharded over the vocabulary (logits ``Shard(-1)``, weight and bias ``Shard(0)``) need no
+            group. Options that differ, or a wrong argument on one rank, are an error on every rank.
         uniforms: float64 or float32 ``[B]`` in [0, 1). None: drawn with ``generator``, in one call of ``torch.rand``
-            in float64 on the logits' device; under ``group`` the first rank's.
+            in float64 on the logits' device. Under ``group`` the first rank's decide on all.
         temperature: T in [1e-5, 1e6].
         top_k: the k most likely entries may be drawn. Of entries as likely as the k-th those with the lower ids: k
             in all, where transformers keeps every equal one.
@@ -78,25 +79,74 @@ def switch_gate(
             devices and under torch.compile values are not looked at (``KDKERNELS_CHECK=1`` does): such a row has token
             -1, which is no id, and, but for the uniform, jsd NaN.
     """
-    _check_sampling(temperature, top_k, top_p, do_sample)
-    student = _side("student_logits", student_logits, group is not None)
-    teacher = _side("teacher_logits", teacher_logits, group is not None)
-    vocab = _check_pair(student, teacher, vocab_size, group is not None)
-    bits = _threshold(threshold, student)
-    draws = _uniforms(uniforms, generator, do_sample, student)
-    sampling = (float(temperature), top_k or 0, 1.0 if top_p is None else float(top_p))
-    if group is not None:
-        from kdkernels.switch import gate_shards  # imports torch.distributed
-
-        found = gate_shards.decide(student, teacher, bits, Sampling(draws, *sampling), vocab_size, group, backend)
-        _check_values(found, student, teacher, vocab, bits, draws)
+    options = (threshold, uniforms, temperature, top_k, top_p, do_sample, generator, vocab_size)
+    plain = type(student_logits) is Tensor and type(teacher_logits) is Tensor
+    if group is not None or (not plain and arguments.holds_dtensors(student_logits, teacher_logits)):
+        found: SwitchDecision = _sharded(student_logits, teacher_logits, group, options, backend)
         return found
+    student, teacher, vocab, bits, draws, sampling = _prepare(student_logits, teacher_logits, False, *options)
     widest = teacher.dtype if teacher.dtype == torch.float64 else student.dtype
     serving = _serving(backend, student.device.type, widest)
     operands = (*_operands(student), *_operands(teacher), bits, draws, *sampling, vocab, serving)
-    decision = gate(*operands) if _plain(student, teacher) else SwitchDecision(*torch.ops.kdkernels.gate(*operands))
+    direct = plain and not _watched()
+    decision = gate(*operands) if direct else SwitchDecision(*torch.ops.kdkernels.gate(*operands))
     _check_values(decision, student, teacher, vocab, bits, draws)
     return decision
+
+
+def _prepare(
+    student_logits: Tensor | LinearLogits,
+    teacher_logits: Tensor | LinearLogits,
+    sharded: bool,
+    threshold: float | Tensor,
+    uniforms: Tensor | None,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    do_sample: bool,
+    generator: torch.Generator | None,
+    vocab_size: int | None,
+) -> tuple[Tensor | LinearLogits, Tensor | LinearLogits, int, Tensor, Tensor | None, tuple[float, int, float]]:
+    """Checks of everything that needs no other rank, and both sides, entries here, threshold, uniforms, sampling."""
+    _check_sampling(temperature, top_k, top_p, do_sample)
+    student = _side("student_logits", student_logits, sharded)
+    teacher = _side("teacher_logits", teacher_logits, sharded)
+    vocab = _check_pair(student, teacher, vocab_size, sharded)
+    bits = _threshold(threshold, student)
+    draws = _uniforms(uniforms, generator, do_sample, student)
+    return (
+        student,
+        teacher,
+        vocab,
+        bits,
+        draws,
+        (float(temperature), top_k or 0, 1.0 if top_p is None else float(top_p)),
+    )
+
+
+@torch.compiler.disable
+def _sharded(
+    student_logits: Tensor | LinearLogits,
+    teacher_logits: Tensor | LinearLogits,
+    group: object | None,
+    options: tuple[
+        float | Tensor, Tensor | None, float, int | None, float | None, bool, torch.Generator | None, int | None
+    ],
+    backend: str,
+) -> SwitchDecision:
+    """The gate on vocabulary shards. Under torch.compile it is left to eager torch."""
+    from kdkernels.shard_groups import localize  # imports torch.distributed
+    from kdkernels.switch import gate_shards
+
+    def prepare() -> gate_shards.Call:
+        ours, theirs = localize(student_logits), localize(teacher_logits)
+        student, teacher, _, bits, draws, sampling = _prepare(ours, theirs, True, *options)
+        return gate_shards.Call(student, teacher, bits, Sampling(draws, *sampling), options[-1], backend)
+
+    call, columns, ranks = gate_shards.agree(group, student_logits, teacher_logits, options[0], prepare)
+    found = gate_shards.decide(call, columns, ranks.group)
+    _check_values(found, call.student, call.teacher, columns.local, call.threshold, call.sampling.uniforms)
+    return found
 
 
 def _side(name: str, side: Tensor | LinearLogits, sharded: bool) -> Tensor | LinearLogits:
@@ -113,11 +163,9 @@ def _side(name: str, side: Tensor | LinearLogits, sharded: bool) -> Tensor | Lin
     return LinearLogits(side.hidden.detach(), side.weight.detach(), bias, side.softcap, side.scale)
 
 
-def _plain(*sides: Tensor | LinearLogits) -> bool:
-    """Whether nothing watches operators: then the dispatcher, a third of a step's time, is left out."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return False
-    return all(type(side) is Tensor for side in sides)
+def _watched() -> bool:
+    """Whether anything watches operators: if not, the dispatcher, a third of a step's time, is left out."""
+    return torch.compiler.is_compiling() or bool(torch._C._len_torch_dispatch_stack())
 
 
 def _check_pair(
