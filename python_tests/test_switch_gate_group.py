@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 WORKER = """
+import os
 import sys
 import torch
 import torch.distributed as dist
@@ -106,7 +107,9 @@ wide = torch.cat((zt[:, : 400 * world], torch.ones(6, 3)), -1)
 given = {"uniforms": u, "vocab_size": 790}
 mine = kd.switch_gate(zs[:, begin:end], wide[:, begin : end + 3 * last], threshold, group=group, **given)
 same(mine, kd.switch_gate(zs, zt, threshold, **given))
+dist.barrier()  # nobody leaves while others are still at their last collective
 dist.destroy_process_group()
+os._exit(0)  # threads of gloo and DTensors at times abort a process that ends in order
 """
 
 
