@@ -229,6 +229,7 @@ def test_a_failing_compile_is_loud_and_names_the_remedy(
         json.dumps({"flags": [], "per_isa": [], "plain": [], "isa_flags": {"baseline": []}})
     )
     environment = {"PATH": path_without(tmp_path / "path", hide)} if hide else {}
+    environment["KD_BUILD"] = "cpu"  # CUDA's objects would take most of the time and say nothing more
     done = env.run("-m", "pip", "install", "--no-build-isolation", str(tree), **environment)
     said = done.stdout + done.stderr
     assert done.returncode != 0
