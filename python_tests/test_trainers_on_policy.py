@@ -305,8 +305,10 @@ def test_on_the_command_line(place: Path, tmp_path: Path, capsys: pytest.Capture
         ({"gate": "constant:x"}, "gate is 'constant:x'"),
         ({"gate": "exponential:1,2,3"}, "more than two"),
         ({"prompts": "/no/such.txt"}, "prompts is '/no/such.txt'"),
-        ({"on_policy": False, "prompts": "x.txt"}, "'' without --on-policy"),
-        ({"lm_data": "/no/such"}, "'/no/such'; no such file or folder"),
+        ({"sample_temperature": 1e-30}, "sample_temperature is 1e-30; allowed: "),
+        ({"prompt_template": "chat"}, "prompt_template is 'chat'; allowed: 'plain' without --prompts"),
+        ({"lm_data": "/no/such"}, "lm_data: data is '/no/such'; no such file or folder"),
+        ({"lm_weight": 0.5}, "lm_weight is 0.5; allowed: 1.0 without --lm-data; add it"),
         ({"lm_data": "x", "lm_weight": 0.0}, "lm_weight is 0; allowed: above 0 with --lm-data"),
     ],
 )
@@ -314,6 +316,19 @@ def test_what_cannot_be(place: Path, tmp_path: Path, options: dict[str, Any], te
     with pytest.raises(UserError, match=text):
         distill(config(place, tmp_path / "run", **{**SMALL, **options}), progress=False)
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "default"),
+    [("prompts", "x.txt", "''"), ("gate", "constant:1", "'exponential'"), ("replay", 8, "0"), ("write_batch", 1, "0"),
+     ("generated_share", 1.0, "0.5"), ("max_new_tokens", 6, "128"), ("prompt_tokens", 5, "32"),
+     ("sample_temperature", 0.5, "1.0"), ("replay_share", 1.0, "0.5"), ("replay_age", 1, "100"),
+     ("prompt_template", "chat", "'plain'")],
+)  # fmt: skip
+def test_options_that_would_change_nothing(place: Path, tmp_path: Path, name: str, value: Any, default: str) -> None:
+    options = config(place, tmp_path, **{name: value})
+    with pytest.raises(UserError, match=f"{name} is {value!r}; allowed: {default} without --on-policy; add it"):
+        options.validate()
 
 
 @pytest.mark.parametrize(
@@ -342,6 +357,9 @@ def test_policies_that_cannot_be() -> None:
         ({"max_new_tokens": 0}, "max_new_tokens = 0"),
         ({"replay": 2.5}, r"replay = 2\.5"),
         ({"schedule": "sine"}, "schedule"),
+        ({"temperature": 0.0}, "temperature = 0"),
+        ({"top_k": 0}, "top_k = 0"),
+        ({"top_p": 1.5}, r"top_p = 1\.5"),
     ):
         with pytest.raises(ValueError, match=text):
             OnPolicy(**options)

@@ -205,6 +205,10 @@ def test_what_cannot_be(tmp_path: Path) -> None:
         trainer(tmp_path, student, teacher, OnPolicy(replay=1))
     with pytest.raises(ValueError, match="lm_weight = 0"):
         trainer(tmp_path, student, teacher, OnPolicy(), lm_dataset=rows(), lm_weight=0)
+    with pytest.raises(ValueError, match="lm_weight = 'much': must be a finite number"):
+        trainer(tmp_path, student, teacher, OnPolicy(), lm_dataset=rows(), lm_weight="much")
+    with pytest.raises(TypeError, match="lm_dataset = generator: must be a map-style dataset"):
+        trainer(tmp_path, student, teacher, OnPolicy(), lm_dataset=(row for row in rows()))
     with pytest.raises(ValueError, match="lm_dataset = empty"):
         trainer(tmp_path, student, teacher, OnPolicy(), lm_dataset=[])
     arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")

@@ -108,7 +108,7 @@ def _prepare(
     vocab_size: int | None,
 ) -> tuple[Tensor | LinearLogits, Tensor | LinearLogits, int, Tensor, Tensor | None, tuple[float, int, float]]:
     """Checks of everything that needs no other rank, and both sides, entries here, threshold, uniforms, sampling."""
-    _check_sampling(temperature, top_k, top_p, do_sample)
+    check_sampling(temperature, top_k, top_p, do_sample)
     student = _side("student_logits", student_logits, sharded)
     teacher = _side("teacher_logits", teacher_logits, sharded)
     vocab = _check_pair(student, teacher, vocab_size, sharded)
@@ -185,7 +185,8 @@ def _check_pair(
     return arguments.common_vocabulary(student.shape[-1], teacher.shape[-1], vocab_size)
 
 
-def _check_sampling(temperature: float, top_k: int | None, top_p: float | None, do_sample: bool) -> None:
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None, do_sample: bool) -> None:
+    """Raise ValueError for settings of a draw that `switch_gate` does not take."""
     require_finite_number("temperature", temperature)
     low, high = arguments.LOWEST_TEMPERATURE, arguments.HIGHEST_TEMPERATURE
     if not low <= temperature <= high:

@@ -21,6 +21,11 @@ GROUPS = {
     "steps": "training",
     "eval_before": "evaluation, metrics, checkpoints",
 }
+_OF_ON_POLICY = (
+    "generated_share", "gate", "max_new_tokens", "sample_temperature", "prompts", "prompt_template", "prompt_tokens",
+    "write_batch", "replay", "replay_share", "replay_age",
+)  # fmt: skip
+"""Options that would change nothing without on_policy."""
 SCHEDULES = ("cosine", "linear", "constant")
 VARIANTS = ("ddk", "no_smoothing", "equal")
 MIXES = ("proportional", "equal")
@@ -185,9 +190,16 @@ class DistillConfig:
         _require(not self.lm_data or self.lm_weight > 0, "lm_weight", "0", "above 0 with --lm-data", "raise it")
         if self.on_policy:
             self._validate_on_policy()
-        else:
-            _require(not self.prompts, "prompts", repr(self.prompts), "'' without --on-policy", "add it")
+        self._refuse_idle("on_policy", bool(self.on_policy), _OF_ON_POLICY)
+        self._refuse_idle("lm_data", bool(self.lm_data), ("lm_weight",))
+        self._refuse_idle("prompts", bool(self.prompts), ("prompt_template",))
         return self
+
+    def _refuse_idle(self, needed: str, given: bool, names: tuple[str, ...]) -> None:
+        for item in dataclasses.fields(self):
+            value, flag = getattr(self, item.name), needed.replace("_", "-")
+            idle = item.name in names and not given and value != item.default
+            _require(not idle, item.name, repr(value), f"{item.default!r} without --{flag}", "add it")
 
     def _validate_on_policy(self) -> None:
         _require(not self.cache, "on_policy", "on", "off with --cache", "the teacher judges text that is new")

@@ -91,6 +91,7 @@ class OnPolicy:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        from kdkernels.switch.gate import check_sampling
         from kdkernels.switch.schedules import schedule_of
 
         for name in ("generated_share", "replay_share"):
@@ -102,6 +103,7 @@ class OnPolicy:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 fail(ValueError, name, repr(value), f"an int >= {low}")
+        check_sampling(self.temperature, self.top_k, self.top_p, True)
         schedule_of(self.schedule, self.tau0, self.decay)
 
 

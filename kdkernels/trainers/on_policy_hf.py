@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kdkernels._checks import fail
+from kdkernels._checks import fail, require_finite_number
 from kdkernels.data import BlockOrder, counted
 from kdkernels.errors import UserError
 from kdkernels.optional import need
@@ -123,8 +123,12 @@ class SecondText:
     """Samples of a second dataset beside every batch, for a language-model loss; a function of the step alone."""
 
     def __init__(self, trainer: Any, dataset: Any, weight: float, seed: int) -> None:
+        kind = "a map-style dataset of samples with input_ids and labels"
+        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+            fail(TypeError, "lm_dataset", type(dataset).__name__, kind)
         if not len(dataset):
-            fail(ValueError, "lm_dataset", "empty", "a map-style dataset of samples with input_ids and labels")
+            fail(ValueError, "lm_dataset", "empty", kind)
+        require_finite_number("lm_weight", weight)
         if not weight > 0:
             fail(ValueError, "lm_weight", weight, "above 0")
         self.trainer, self.dataset, self.weight = trainer, dataset, float(weight)

@@ -57,7 +57,7 @@ def build(config: DistillConfig, teacher: Any = None, student: Any = None, token
     cached = CachedTeacher(kd.TeacherCache.open(config.cache)) if config.cache else None
     tokenizer = tokenizer or _tokenizer(config, student is not None or config.cuts_teacher, cached)
     corpus = _corpus(config, config.data, config.domain, tokenizer)
-    language = _corpus(config, config.lm_data, {}, tokenizer) if config.lm_data else None
+    language = _second_corpus(config, tokenizer) if config.lm_data else None
     prompts = load_prompts(config.prompts, config.prompt_template, tokenizer) if config.prompts else None
     parts = [part.fingerprint for part in (corpus, language, prompts) if part is not None]
     corpus = dataclasses.replace(corpus, fingerprint="-".join(parts))
@@ -86,6 +86,13 @@ def _corpus(config: DistillConfig, data: str, domain: dict[str, str], tokenizer:
     )  # fmt: skip
 
 
+def _second_corpus(config: DistillConfig, tokenizer: Any) -> Corpus:
+    try:
+        return _corpus(config, config.lm_data, {}, tokenizer)
+    except UserError as error:
+        raise UserError(f"lm_data: {error}") from error
+
+
 def _check_options(config: DistillConfig, divergence: kd.Divergence, device: torch.device, dtype: torch.dtype) -> None:
     """Raise `UserError` for options that the loss would refuse at the first batch."""
     try:
@@ -95,6 +102,11 @@ def _check_options(config: DistillConfig, divergence: kd.Divergence, device: tor
         backends.choose(config.backend, device, dtype, divergence.kernel().name)
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from error
+    low, high = arguments.LOWEST_TEMPERATURE, arguments.HIGHEST_TEMPERATURE
+    if not low <= config.sample_temperature <= high:
+        raise UserError(
+            f"sample_temperature is {config.sample_temperature:g}; allowed: {low:g} to {high:g}; correct it"
+        )
 
 
 def _models(
