@@ -350,6 +350,17 @@ def test_files_of_prompts_that_cannot_be(place: Path, tmp_path: Path, name: str,
         build(config(place, tmp_path / "run", **SMALL, prompts=str(tmp_path / name)))
 
 
+def test_domains_that_no_step_draws_from_are_not_weighed(place: Path, tmp_path: Path) -> None:
+    options = {**SMALL, "ddk": True, "prompts": str(tmp_path / "a.jsonl")}
+    (tmp_path / "a.jsonl").write_text('{"prompt": "the river"}')
+    build(config(place, tmp_path / "run", **{**options, "generated_share": 0.5}))
+    with pytest.raises(UserError, match="ddk is on; allowed: off where no step draws from --data"):
+        build(config(place, tmp_path / "run", **options))
+    (tmp_path / "a.jsonl").write_text('{"prompt": "the river", "response": "runs"}')
+    with pytest.raises(UserError, match="ddk is on"):
+        build(config(place, tmp_path / "run", **{**options, "generated_share": 0.5}))
+
+
 def test_policies_that_cannot_be() -> None:
     for options, text in (
         ({"generated_share": -0.1}, r"generated_share = -0\.1: must be in \[0, 1\]"),

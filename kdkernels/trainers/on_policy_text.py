@@ -32,6 +32,8 @@ def writer_of(config: DistillConfig, objective: Objective, prompts: Prompts | No
         prompt_tokens=config.prompt_tokens, batch_size=config.write_batch, replay=config.replay,
         replay_share=config.replay_share, replay_age=config.replay_age, seed=config.seed,
     )  # fmt: skip
+    if config.ddk and prompts is not None and (prompts.responses is not None or config.generated_share == 1):
+        raise UserError("ddk is on; allowed: off where no step draws from --data; the file of prompts has every text")
     student, teacher = objective.student, objective.teacher
     longest = max(map(len, prompts.prompts)) if prompts is not None else min(config.prompt_tokens, config.block_size)
     if longest >= config.block_size and prompts is not None and prompts.responses is not None:
