@@ -35,7 +35,9 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--backends", default="", help="comma-separated; default: every backend that was built")
-    parser.addoption("--quick", action="store_true", help="only every k-th case of a test marked thin(k)")
+    parser.addoption(
+        "--quick", action="store_true", help="only every second case of a test, every k-th of one marked thin(k)"
+    )
     parser.addoption("--all", action="store_true", help="all cases of tests marked sample(k), not one in k")
 
 
@@ -67,8 +69,9 @@ def _thinned(items: list[pytest.Item]) -> list[pytest.Item]:
     kept = []
     for item in items:
         thin = item.get_closest_marker("thin")
+        every = 2 if thin is None else thin.args[0]
         test = item.nodeid.split("[")[0]
-        if thin is None or seen[test] % thin.args[0] == 0:
+        if seen[test] % every == 0:
             kept.append(item)
         seen[test] += 1
     return kept

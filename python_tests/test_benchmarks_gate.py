@@ -10,7 +10,7 @@ from cuda_gate import obstacle
 from benchmarks import gate_model, model
 from benchmarks.devices import DEVICES
 
-pytestmark = pytest.mark.skipif(bool(obstacle()), reason=obstacle() or "can be had")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(obstacle()), reason=obstacle() or "can be had")]
 
 
 def test_each_pair_is_read_twice_once_from_memory() -> None:

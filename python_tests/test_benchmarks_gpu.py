@@ -23,6 +23,8 @@ from benchmarks.report import rewrite
 from benchmarks.shapes import Case
 from kdkernels.triton import launch
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = Case("dense", "jsd", "fp32", 16, 1000)
 FUSED = Case("linear", "jsd", "fp32", 16, 1000, H=24, Ht=40, chunk_bytes=2**20)

@@ -16,6 +16,8 @@ from benchmarks.counting import Recorder, Step
 from benchmarks.devices import DEVICES, Device
 from benchmarks.shapes import Case
 
+pytestmark = pytest.mark.slow
+
 CHIP = Device(
     "slow chip", 90, multiprocessors=1, clock_hz=100.0, bytes_per_second=3200.0, l2_bytes=1000, sources=("made up",)
 )

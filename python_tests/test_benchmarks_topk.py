@@ -11,7 +11,10 @@ import torch
 from benchmarks import model, topk
 from benchmarks.devices import DEVICES
 
-pytestmark = pytest.mark.skipif(bool(cuda_topk.obstacle()), reason=cuda_topk.obstacle() or "can be had")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(cuda_topk.obstacle()), reason=cuda_topk.obstacle() or "can be had"),
+]
 
 
 def test_each_logit_is_read_once_and_rows_are_alike() -> None:

@@ -15,6 +15,8 @@ import tiny_models as tiny
 
 from kdkernels.compression.reader import CacheReader
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("transformers")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 

@@ -20,6 +20,8 @@ from kdkernels.compression.merge import merge
 from kdkernels.compression.reader import CacheReader
 from kdkernels.compression.writer import CacheWriter
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 
 

@@ -83,6 +83,7 @@ def _detected(folder: Path) -> bool:
     return bool(problems)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [500, pytest.param(10_000, marks=pytest.mark.soak)])
 def test_damaged_files_are_detected(tmp_path: Path, sound: Path, count: int) -> None:
     rng = random.Random(count)

@@ -66,6 +66,7 @@ def weights(run: Path) -> bytes:
 # --- the whole job ---
 
 
+@pytest.mark.slow
 def test_distill_trains_logs_and_saves(place: Path, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     run = tmp_path / "run"
@@ -210,6 +211,7 @@ def test_wrong_runs_are_one_line_and_leave_nothing(
     assert not (tmp_path / "run" / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_a_wrong_run_has_no_traceback_in_a_process_of_its_own(place: Path, tmp_path: Path) -> None:
     options = {"teacher": "nobody/has-this-model", "tokenizer": place / "teacher"}
     done = tiny.command(*flags(place, tmp_path / "run", **options), env=ENVIRONMENT)

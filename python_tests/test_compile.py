@@ -20,6 +20,7 @@ from kdkernels.divergences import Divergence
 
 # the traced graph names its backend and is otherwise the same for all: the fastest one that was built
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.sample(3),
     pytest.mark.parametrize("backend", ["cpp" if native.LIBRARY.is_file() else "eager"], indirect=True),
 ]

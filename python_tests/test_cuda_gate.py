@@ -19,6 +19,7 @@ from kdkernels import native
 from kdkernels.ops.rows import Side
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.sample(16),
     pytest.mark.skipif(bool(obstacle()), reason=obstacle() or "can be had"),
 ]

@@ -15,7 +15,7 @@ from torch import Tensor
 import kdkernels as kd
 from kdkernels import onchip
 
-pytestmark = [pytest.mark.sample(3), pytest.mark.skipif(nvcc() is None, reason="no nvcc here")]
+pytestmark = [pytest.mark.slow, pytest.mark.sample(3), pytest.mark.skipif(nvcc() is None, reason="no nvcc here")]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DIRECTIONS = ("forward_kl", "reverse_kl")

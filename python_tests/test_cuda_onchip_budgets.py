@@ -92,6 +92,7 @@ def results(student: Tensor, teacher: Tensor) -> tuple[Tensor, ...]:
     return loss.detach(), alone, gradient
 
 
+@pytest.mark.slow
 def test_damage_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows for every path: the quick one, a small divergence, masked entries; more rows than the rings hold."""
     emulator = serve(monkeypatch)

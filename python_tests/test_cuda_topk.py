@@ -18,6 +18,7 @@ from torch import Tensor
 from kdkernels import native
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.sample(4),
     pytest.mark.skipif(bool(cuda_topk.obstacle()), reason=cuda_topk.obstacle() or "can be had"),
 ]

@@ -14,7 +14,10 @@ from ptx.mutants import Mutant, Mutants
 from ptx.parser import Kernel
 from torch import Tensor
 
-pytestmark = pytest.mark.skipif(bool(cuda_topk.obstacle()), reason=cuda_topk.obstacle() or "can be had")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(cuda_topk.obstacle()), reason=cuda_topk.obstacle() or "can be had"),
+]
 
 TARGET, HEAD = 90, Head(entropy=True)
 KERNELS = ("kd_topk_rows_f32", "kd_topk_merge", "kd_topk_sums_f32", "kd_topk_finish")

@@ -14,6 +14,8 @@ import torch
 
 from kdkernels.ddk import measure_perplexity
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("transformers")
 
 

@@ -15,6 +15,8 @@ import kdkernels as kd
 from kdkernels.ddk import DomainSchedule
 from kdkernels.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 transformers = pytest.importorskip("transformers")
 
 

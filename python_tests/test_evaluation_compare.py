@@ -27,6 +27,8 @@ from kdkernels.evaluation.compare_result import Slice
 from kdkernels.evaluation.sweep import Subject
 from kdkernels.trainers.heads import Head
 
+pytestmark = pytest.mark.slow
+
 LENGTH = 48
 OPTIONS: dict[str, Any] = {"batch_size": 3, "resamples": 200}
 

@@ -19,6 +19,8 @@ from kdkernels.evaluation.chat import Reply, ask, user
 from kdkernels.evaluation.endpoint import EndpointChat, _seconds
 from kdkernels.evaluation.reply_cache import CachedChat, ReplyCache
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("openai")
 SECRET = "sk-very-secret-0123456789"
 

@@ -14,6 +14,8 @@ import pytest
 
 from kdkernels import native
 
+pytestmark = pytest.mark.slow
+
 GRADIENT = {"": 256 * 40000 * 4 / 2**20, "-bf16": 256 * 40000 * 2 / 2**20}
 QUICK = "inplace-scaled", "inplace-bf16", "leaf", "leaf-bf16"
 DENSE = "inplace", "inplace-stats", "no-grad", "leaf-scaled", "leaf-none", "leaf-none-bf16", "leaf-shift"

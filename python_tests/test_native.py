@@ -273,6 +273,7 @@ def work():
 """
 
 
+@pytest.mark.slow
 @needs_native
 def test_a_forked_child_does_not_hang() -> None:
     done = python(
@@ -291,6 +292,7 @@ def test_a_fork_before_any_kernel_keeps_its_threads() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @needs_native
 def test_a_forked_data_worker_does_not_hang() -> None:
     done = python(

@@ -8,7 +8,7 @@ import torch
 from ptx.compile import compile_cuda, nvcc
 from ptx.harness import Harness
 
-pytestmark = pytest.mark.skipif(nvcc() is None, reason="no nvcc here")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(nvcc() is None, reason="no nvcc here")]
 
 SELECT = r"""
 #include <cuda_bf16.h>

@@ -316,6 +316,7 @@ def test_threads_change_nothing() -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ["avx2", "baseline"])
 def test_other_instruction_sets(isa: str) -> None:
     chosen = "test_values and 8193 or test_masked or test_small or test_hard or test_most or test_shapes and 5003"

@@ -16,6 +16,8 @@ from kdkernels.errors import UserError
 from kdkernels.trainers import DistillConfig, checkpoint, distill, heads, optim
 from kdkernels.trainers.setup import build
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("transformers")
 __all__ = ["one_thread", "place", "words"]  # fixtures
 

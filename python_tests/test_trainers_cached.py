@@ -19,6 +19,8 @@ from kdkernels.trainers import DistillConfig, build_cache, distill, models
 from kdkernels.trainers.cached import CachedTeacher
 from kdkernels.trainers.setup import build
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("transformers")
 __all__ = ["one_thread", "place", "whole", "words"]  # fixtures
 

@@ -14,6 +14,8 @@ from kdkernels.errors import UserError
 from kdkernels.trainers import DistillConfig, Interrupted, distill
 from kdkernels.trainers.run import Run
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["one_thread", "place", "words"]  # fixtures
 OPTIONS: dict[str, Any] = {"ddk": True, "ddk_interval": 3, "ddk_blocks": 2, "steps": 8}
 

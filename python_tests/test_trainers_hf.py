@@ -16,6 +16,8 @@ import kdkernels as kd
 from kdkernels.errors import UserError
 from kdkernels.trainers import hf
 
+pytestmark = pytest.mark.slow
+
 transformers = pytest.importorskip("transformers")
 
 

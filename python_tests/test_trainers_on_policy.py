@@ -22,6 +22,8 @@ from kdkernels.trainers.on_policy_text import OnPolicyText
 from kdkernels.trainers.replay import ReplayBuffer, Written
 from kdkernels.trainers.setup import build
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("transformers")
 __all__ = ["one_thread", "place", "words"]  # fixtures
 SMALL: dict[str, Any] = {"on_policy": True, "max_new_tokens": 6, "prompt_tokens": 5, "generated_share": 1.0}

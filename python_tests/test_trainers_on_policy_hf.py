@@ -20,6 +20,8 @@ import kdkernels as kd
 from kdkernels.errors import UserError
 from kdkernels.trainers import OnPolicy
 
+pytestmark = pytest.mark.slow
+
 transformers = pytest.importorskip("transformers")
 __all__ = ["one_thread"]  # a fixture
 ALWAYS: dict[str, Any] = {"generated_share": 1.0, "max_new_tokens": 5, "schedule": "constant", "tau0": 0.36}

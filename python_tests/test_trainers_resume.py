@@ -21,6 +21,8 @@ from kdkernels.trainers import Interrupted, checkpoint, distill, heads, models
 from kdkernels.trainers.config import config_from
 from kdkernels.trainers.setup import build
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("transformers")
 __all__ = ["one_thread", "place", "words"]  # fixtures
 

@@ -13,6 +13,8 @@ import torch
 
 import kdkernels as kd
 
+pytestmark = pytest.mark.slow
+
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import triton_budgets as budgets
 
-pytestmark = pytest.mark.sample(3)
+pytestmark = [pytest.mark.slow, pytest.mark.sample(3)]
 
 TABLE = json.loads(budgets.TABLE.read_text())
 CASES = {case.name: case for case in budgets.cases()}

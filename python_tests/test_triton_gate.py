@@ -17,7 +17,7 @@ from kdkernels.ops.gate import Sampling, SwitchDecision, gate_rows_
 from kdkernels.ops.rows import Side
 from kdkernels.triton import launch
 
-pytestmark = pytest.mark.sample(16)
+pytestmark = [pytest.mark.slow, pytest.mark.sample(16)]
 
 INF, NAN = float("inf"), float("nan")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -9,6 +9,8 @@ from emulated import TARGETS, serve
 import kdkernels as kd
 from kdkernels.triton import host, launch
 
+pytestmark = pytest.mark.slow
+
 SOAK = pytest.mark.soak
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
