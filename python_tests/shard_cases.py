@@ -116,30 +116,43 @@ def linear_pair(world: World, cut: str, dtype: torch.dtype, bias: bool) -> tuple
     return student, teacher, cut_head(student), cut_head(teacher), columns
 
 
+def require_gradients(head: kd.LinearLogits) -> None:
+    for x in (head.hidden, head.weight, head.bias):
+        if x is not None:
+            x.requires_grad_()
+
+
+def check_heads(
+    name: str, call: oracle.Call, value: Tensor, mine: kd.LinearLogits, columns: slice, tolerance: float
+) -> None:
+    """Loss and gradients of this rank's columns of a head against the whole call's, in float64."""
+    sides = oracle.side(call.student), oracle.side(call.teacher)
+    truth = call.golden(*sides)
+    unit = dataclasses.replace(call, incoming=1.0).golden(*sides).loss
+    unit = unit if call.option("reduction", "mean") == "none" else unit.sum()
+    close(name, value, unit, unit.abs().clamp(min=1), tolerance)
+    assert truth.hidden is not None
+    assert truth.weight is not None
+    close(f"hidden: {name}", mine.hidden.grad, truth.hidden, truth.hidden_scale, tolerance)
+    close(f"weight: {name}", mine.weight.grad, truth.weight[columns], truth.weight_scale[columns], tolerance)
+    if mine.bias is not None:
+        assert truth.bias is not None
+        close(f"bias: {name}", mine.bias.grad, truth.bias[columns], truth.bias_scale, tolerance)
+
+
 def case_heads(world: World) -> None:
     """Gradients of hidden states are of the whole loss, once, on every rank; those of heads are this rank's rows."""
     for dtype, backend, divergence, cut in world.some(every_call()):
         reduction = "none" if cut == "uneven" else "mean"
         student, teacher, mine, theirs, columns = linear_pair(world, cut, dtype, bias=cut != "even")
-        leaves = [x.requires_grad_() for x in (mine.hidden, mine.weight, mine.bias) if x is not None]
+        require_gradients(mine)
         options = {"labels": LABELS, "ce_weight": 0.3, "temperature": 1.3, "reduction": reduction}
         small = {"chunk_bytes": 4 * 2 * V * dtype.itemsize} if cut == "empty" else {}
         incoming: Any = torch.tensor([1.0, 0.5, 2.0, 0.0, 3.0], dtype=dtype) if reduction == "none" else 1.0
         value = loss(mine, theirs, divergence, backend=backend, **options, **small)
         value.backward(incoming if reduction == "none" else None)
         call = oracle.Call(student, teacher, divergence, options, incoming)
-        truth = call.golden(oracle.side(student), oracle.side(teacher))
-        name, tolerance = f"{dtype} {backend} {divergence} {cut}", 3 * TOLERANCE[dtype]
-        unit = dataclasses.replace(call, incoming=1.0).golden(oracle.side(student), oracle.side(teacher)).loss
-        unit = unit if reduction == "none" else unit.sum()
-        close(name, value, unit, unit.abs().clamp(min=1), tolerance)
-        assert truth.hidden is not None
-        assert truth.weight is not None
-        close(f"hidden: {name}", leaves[0].grad, truth.hidden, truth.hidden_scale, tolerance)
-        close(f"weight: {name}", leaves[1].grad, truth.weight[columns], truth.weight_scale[columns], tolerance)
-        if mine.bias is not None:
-            assert truth.bias is not None
-            close(f"bias: {name}", leaves[2].grad, truth.bias[columns], truth.bias_scale, tolerance)
+        check_heads(f"{dtype} {backend} {divergence} {cut}", call, value, mine, columns, 3 * TOLERANCE[dtype])
 
 
 def case_low_precision(world: World) -> None:

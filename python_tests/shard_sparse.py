@@ -9,10 +9,23 @@ from typing import Any
 
 import cases
 import golden
-import oracle
 import torch
 from oracle_sparse import SparseCall, draw, keep, shorten
-from shard_cases import CUTS, LABELS, TOLERANCE, Traffic, V, World, close, everywhere, linear_pair, loss, traffic
+from shard_cases import (
+    CUTS,
+    LABELS,
+    TOLERANCE,
+    Traffic,
+    V,
+    World,
+    check_heads,
+    close,
+    everywhere,
+    linear_pair,
+    loss,
+    require_gradients,
+    traffic,
+)
 from shard_faults import refused
 from torch import Tensor
 
@@ -78,25 +91,14 @@ def case_sparse_heads(world: World) -> None:
         mode, reduction = next(modes), "none" if cut == "uneven" else "mean"
         student, full, mine, _, columns = linear_pair(world, cut, dtype, bias=cut != "even")
         teacher = keep(full.materialize(), 9, 1.3)
-        leaves = [x.requires_grad_() for x in (mine.hidden, mine.weight, mine.bias) if x is not None]
+        require_gradients(mine)
         options = {"labels": LABELS, "ce_weight": 0.3, "temperature": 1.3, "reduction": reduction}
         small = {"chunk_bytes": 4 * V * dtype.itemsize} if cut == "empty" else {}
         incoming: Any = torch.tensor([1.0, 0.5, 2.0, 0.0, 3.0], dtype=dtype) if reduction == "none" else 1.0
         value = loss(mine, teacher, divergence, sparse_mode=mode, **options, **small)
         value.backward(incoming if reduction == "none" else None)
-        call = SparseCall(student, full.materialize(), divergence, options, incoming, teacher, mode)
-        truth = call.golden(oracle.side(student), oracle.side(full))
-        name, tolerance = f"{dtype} {mode} {divergence} {cut}", 3 * TOLERANCE[dtype]
-        unit = dataclasses.replace(call, incoming=1.0).golden(oracle.side(student), oracle.side(full)).loss
-        unit = unit if reduction == "none" else unit.sum()
-        close(name, value, unit, unit.abs().clamp(min=1), tolerance)
-        assert truth.hidden is not None
-        assert truth.weight is not None
-        close(f"hidden: {name}", leaves[0].grad, truth.hidden, truth.hidden_scale, tolerance)
-        close(f"weight: {name}", leaves[1].grad, truth.weight[columns], truth.weight_scale[columns], tolerance)
-        if mine.bias is not None:
-            assert truth.bias is not None
-            close(f"bias: {name}", leaves[2].grad, truth.bias[columns], truth.bias_scale, tolerance)
+        call = SparseCall(student, full, divergence, options, incoming, teacher, mode)
+        check_heads(f"{dtype} {mode} {divergence} {cut}", call, value, mine, columns, 3 * TOLERANCE[dtype])
 
 
 def case_sparse_options(world: World) -> None:
