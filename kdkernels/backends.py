@@ -7,6 +7,7 @@ the table that can. An explicit choice that cannot serve is an error with the re
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -70,14 +71,7 @@ def _judge_selection(backend: str, device: torch.device, dtype: torch.dtype, ker
     if backend == "cuda" and kernel == SELECTION:
         why = _why_not_cuda("topk_", device, dtype)
         return Verdict(backend, not why, why or "CUDA kernels of selection")
-    if backend != "cpp":
-        return Verdict(backend, False, f"the {backend} kernels do not include {kernel!r}")
-    if device.type != "cpu":
-        return Verdict(backend, False, f"serves CPU tensors, these are on {device}")
-    why = native.why_not_topk()
-    if not why and dtype not in _DTYPES:
-        why = f"serves float32, bfloat16, float16 and float64, not {dtype}"
-    return Verdict(backend, not why, why or f"native kernels, {native.isa()}")
+    return _judge_cpu(backend, device, dtype, kernel, native.why_not_topk)
 
 
 def _judge_gate(backend: str, device: torch.device, dtype: torch.dtype) -> Verdict:
@@ -88,11 +82,18 @@ def _judge_gate(backend: str, device: torch.device, dtype: torch.dtype) -> Verdi
     if backend == "cuda":
         why = _why_not_cuda("gate_", device, dtype)
         return Verdict(backend, not why, why or "CUDA kernels of the gate")
+    return _judge_cpu(backend, device, dtype, GATE, native.why_not_gate)
+
+
+def _judge_cpu(
+    backend: str, device: torch.device, dtype: torch.dtype, kernel: str, why_not: Callable[[], str]
+) -> Verdict:
+    """Whether ``backend`` is the native CPU one and its kernels serve; ``why_not`` says what this build lacks."""
     if backend != "cpp":
-        return Verdict(backend, False, f"the {backend} kernels do not include {GATE!r}")
+        return Verdict(backend, False, f"the {backend} kernels do not include {kernel!r}")
     if device.type != "cpu":
         return Verdict(backend, False, f"serves CPU tensors, these are on {device}")
-    why = native.why_not_gate()
+    why = why_not()
     if not why and dtype not in _DTYPES:
         why = f"serves float32, bfloat16, float16 and float64, not {dtype}"
     return Verdict(backend, not why, why or f"native kernels, {native.isa()}")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdkernels.triton import gate, launch
+from kdkernels.triton import gate, gate_sums, launch
 from kdkernels.triton.host import LOOSE, form, layout, on, side
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def gate_rows_(
         "HAS_K": sampled and k > 0, "HAS_P": sampled and p < 1, "SPLITS": padded, "SIZE": launch.GATE_SEARCH,
     }  # fmt: skip
     with on(x.device):
-        launch.start(gate.norms_kernel, (rows, splits, 1), common | {"c": c, "HOT": hot} | tiles, sizes.options())
+        launch.start(gate_sums.norms_kernel, (rows, splits, 1), common | {"c": c, "HOT": hot} | tiles, sizes.options())
         launch.start(gate.parts_kernel, (rows, splits, 1), common | {"parts": parts, "SPLITS": padded} | tiles,
                      sizes.options())  # fmt: skip
         launch.start(gate.decide_kernel, (rows, 1, 1), common | decision, launch.GATE_DECIDE.options())
